@@ -1,0 +1,270 @@
+"""Two engines that sample responses, behind one small interface: generate, load_weights, sleep, close.
+
+    vllm           in this process, beside the trainer; the real one
+    transformers   plain batched decoding, wherever torch runs; what an installation without vLLM uses
+
+Every call that depends on the version of vLLM stands in VllmSampler (tried with 0.32). Weights always come from the
+trainer, as a stream of (name, full tensor); no engine reads them from disk.
+"""
+
+import functools
+import importlib.util
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any, Callable, Iterator, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import toy
+from tasks import UserError
+
+# One of these built for another torch breaks the import of transformers and vLLM; text needs none of them.
+for _name in ("torchvision", "torchaudio", "torchcodec"):
+    try:
+        if importlib.util.find_spec(_name):
+            __import__(_name)
+    except (ImportError, OSError, RuntimeError):
+        sys.modules[_name] = None  # "not installed", for everyone who asks
+
+
+# ---- model folders ---------------------------------------------------------------------------------------------------
+
+
+def resolve_model(name: str) -> str:
+    """The folder of a model: given, made (toy), or downloaded by the first rank of each machine."""
+    from huggingface_hub import snapshot_download
+
+    def get(**kwargs) -> str:
+        if name.split(":")[0] == "toy" or Path(name).is_dir():
+            return toy.resolve_model(name)
+        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"], **kwargs)
+
+    try:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            get()
+        torch.distributed.barrier()
+        return get(local_files_only=True)
+    except (ValueError, OSError) as error:
+        raise UserError(f"--model {name}: neither a folder nor a model that can be had: {error}") from None
+
+
+def load_tokenizer(path: str, max_tokens: int) -> tuple[Any, list[int]]:
+    """The tokenizer and every id that ends a response. What this trainer would get wrong about a model ends here."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"--model {path}: does not load: {error}") from None
+    eos = [tokenizer.eos_token_id]  # base models disagree with themselves about which it is, so take all
+    if (Path(path) / "generation_config.json").exists():
+        eos = np.append(eos, GenerationConfig.from_pretrained(path).eos_token_id).tolist()
+    unsupported = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, n, None)]
+    unsupported += [kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"][:1]
+    limit = getattr(config, "max_position_embeddings", math.inf)
+    for problem, text in {
+        not list(Path(path).glob("*.safetensors")): "holds no *.safetensors, and weights in another format are not read",
+        tokenizer.chat_template is None: "its tokenizer has no chat template; put one into the folder as chat_template.jinja",
+        set(eos) == {None}: "neither its tokenizer nor its generation_config.json names an end-of-sequence token",
+        bool(unsupported): f"{unsupported} would change its log-probs and are not supported",
+        max_tokens > limit: f"takes {limit} tokens, fewer than --max-prompt-tokens plus --max-new-tokens, {max_tokens}",
+    }.items():
+        if problem:
+            raise UserError(f"--model {path}: {text}")
+    return tokenizer, sorted({i for i in eos if i is not None})
+
+
+def build_model(path: str, dtype: torch.dtype, attention: str, device: torch.device, prepare: Callable = lambda model: None):
+    """A model with memory but without weights: built on the meta device, `prepare`d (sharded) there, then given memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype, attn_implementation=attention)
+    prepare(model)
+    model.to_empty(device=device)
+    model.tie_weights()
+    for module in model.modules():
+        if module._non_persistent_buffers_set:
+            model._init_weights(module)  # rotary frequencies: no checkpoint holds them
+    return model
+
+
+# ---- engines ---------------------------------------------------------------------------------------------------------
+
+
+class Sampling(NamedTuple):
+    n: int  # responses per prompt; response k draws with the prompt's seed + k
+    max_new_tokens: int
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+class Sample(NamedTuple):
+    token_ids: np.ndarray  # [length] int32, the end-of-sequence token included
+    logprobs: np.ndarray  # [length] float32, the sampler's: after temperature, top-p and top-k
+    truncated: bool  # ended by the length limit, as the sampler tells it
+
+
+class TransformersSampler:
+    """Batched decoding with a key-value cache, wherever torch runs, on a copy of the weights of its own.
+
+    Each response draws from its own random stream, so that it does not depend on the batch that it is decoded in.
+    """
+
+    def __init__(self, cfg, path: str, eos_ids: list[int], device: torch.device, dtype: torch.dtype):
+        self.model = build_model(path, dtype, "sdpa", device).eval()
+        self.eos_ids, self.device, self.max_num_seqs = torch.tensor(eos_ids, device=device), device, cfg.max_num_seqs
+
+    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        own = self.model.state_dict()
+        for name, tensor in weights:
+            own[name].copy_(tensor)
+
+    def sleep(self) -> None:
+        """Nothing to free: the next rollout needs the copy."""
+
+    close = sleep
+
+    def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[list[Sample]]:
+        step = max(1, self.max_num_seqs // sampling.n)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: less padding
+        results: list[list[Sample]] = [[] for _ in prompts]
+        for batch in (order[i : i + step] for i in range(0, len(order), step)):
+            for i, samples in zip(batch, self._decode([prompts[i] for i in batch], [seeds[i] for i in batch], sampling)):
+                results[i] = samples
+        return results
+
+    @torch.inference_mode()
+    def _decode(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> Iterator[list[Sample]]:
+        n, limit, longest = sampling.n, sampling.max_new_tokens, max(map(len, prompts))
+        full = functools.partial(torch.tensor, device=self.device)
+        ids = full([[0] * (longest - len(p)) + p for p in prompts])  # padding on the left, masked
+        mask = full([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        place = (mask.cumsum(-1) - 1).clamp(min=0)
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=place, use_cache=True, logits_to_keep=1)
+        cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(n, 0)
+        cache.batch_repeat_interleave(n)  # one pass over a prompt serves its n responses
+        mask, place = mask.repeat_interleave(n, 0), place[:, -1:].repeat_interleave(n, 0)
+        uniform = torch.stack([  # a number in [0, 1) for each token that may be drawn
+            torch.rand(limit, generator=torch.Generator().manual_seed(seed + k)) for seed in seeds for k in range(n)
+        ]).to(self.device)  # fmt: skip
+        tokens, logprobs = torch.zeros_like(uniform, dtype=torch.int32), torch.zeros_like(uniform)
+        lengths, truncated = torch.zeros(len(uniform), dtype=torch.long), torch.ones(len(uniform), dtype=torch.bool)
+        rows = torch.arange(len(uniform), device=self.device)  # responses that still grow
+        for t in range(limit):
+            token, logprob = draw(logits, uniform[rows, t], sampling)
+            tokens[rows, t], logprobs[rows, t] = token.int(), logprob
+            going = ~torch.isin(token, self.eos_ids)
+            lengths[rows.cpu()], truncated[rows.cpu()] = t + 1, going.cpu()
+            if t + 1 == limit or not going.any():
+                break
+            if not going.all():
+                cache.batch_select_indices(going.nonzero()[:, 0])
+                rows, token, mask, place = rows[going], token[going], mask[going], place[going]
+            mask, place = F.pad(mask, (0, 1), value=1), place + 1
+            out = self.model(input_ids=token[:, None], attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True)
+            logits = out.logits[:, -1]
+        tokens, logprobs = tokens.cpu().numpy(), logprobs.cpu().numpy()
+        samples = [Sample(tokens[i, :k].copy(), logprobs[i, :k].copy(), bool(truncated[i])) for i, k in enumerate(lengths.tolist())]
+        return [samples[i : i + n] for i in range(0, len(samples), n)]
+
+
+def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token per row by inverting the distribution function: logits [B, V], uniform [B] -> ids [B], log-probs [B]."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1), torch.zeros_like(uniform)
+    logprobs = torch.log_softmax(logits.float() / sampling.temperature, -1)
+    if sampling.top_k or sampling.top_p < 1:  # top-k first, then top-p of what is left, as in vLLM
+        ranked, ids = logprobs.sort(-1, descending=True)
+        ranked[:, sampling.top_k or ranked.shape[-1] :] = -torch.inf
+        mass = ranked.softmax(-1)
+        ranked = ranked.masked_fill(mass.cumsum(-1) - mass > sampling.top_p, -torch.inf)  # the likeliest token always stays
+        logprobs = torch.log_softmax(torch.empty_like(ranked).scatter(-1, ids, ranked), -1)
+    mass = logprobs.exp().cumsum(-1)
+    token = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True).clamp(max=mass.shape[-1] - 1)
+    return token[:, 0], logprobs.gather(-1, token)[:, 0]
+
+
+class VllmSampler:
+    """vLLM in this process, beside the trainer (tried with 0.32). Every call that depends on its version stands here."""
+
+    def __init__(self, cfg, path: str, eos_ids: list[int], device: torch.device, dtype: torch.dtype):
+        from transformers import AutoConfig
+        from vllm import LLM, ModelRegistry
+
+        self.cuda, self.eos_ids = device.type == "cuda", eos_ids
+        if not self.cuda:  # vLLM would look at the model class in another process, to keep CUDA out; that is slow and trips over a broken torchvision
+            for name in AutoConfig.from_pretrained(path).architectures:
+                ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+        gpu, cpu = dict(gpu_memory_utilization=cfg.gpu_memory_utilization, enable_sleep_mode=True), dict(kv_cache_memory_bytes=1 << 28, enforce_eager=True)
+        self.llm = LLM(
+            model=path,
+            load_format="dummy",  # the weights come from the trainer
+            dtype=str(dtype).removeprefix("torch."),
+            distributed_executor_backend="external_launcher",  # torchrun's ranks: an engine each, or one per tensor-parallel group
+            tensor_parallel_size=cfg.tensor_parallel_size,
+            seed=cfg.seed,
+            max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens,
+            max_num_seqs=cfg.max_num_seqs,
+            logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
+            **(gpu if self.cuda else cpu),
+        )
+        self.sleep()
+
+    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        if self.cuda:
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["weights"])
+        with torch.no_grad():
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self.cuda:
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["kv_cache"])
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept cached keys and values of the old weights")
+
+    def sleep(self) -> None:
+        if self.cuda:
+            self.llm.sleep(level=2)  # drops weights and cache; load_weights() brings both back
+
+    def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[list[Sample]]:
+        from vllm import SamplingParams, TokensPrompt
+
+        common = dict(n=sampling.n, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, max_tokens=sampling.max_new_tokens,
+                      stop_token_ids=self.eos_ids, logprobs=0, flat_logprobs=True, detokenize=False)  # fmt: skip
+        outputs = self.llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], [SamplingParams(seed=s, **common) for s in seeds], use_tqdm=False)
+        return [
+            [Sample(np.array(o.token_ids, np.int32), np.array(o.logprobs.logprobs, np.float32), o.finish_reason == "length")
+             for o in sorted(output.outputs, key=lambda o: o.index)] for output in outputs
+        ]  # fmt: skip
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()  # ends torch.distributed, too
+
+
+def choose_sampler(wanted: str) -> tuple[str, str]:
+    """(sampler, reason). vLLM's CUDA build imports on a machine without a GPU and fails much later: ask for its platform."""
+    if wanted == "transformers":
+        return wanted, "as --sampler says"
+    for name, value in dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR").items():
+        os.environ.setdefault(name, value)  # before its import: the engine lives in this process, and tells nobody about it
+    problem = ""
+    try:
+        from vllm.platforms import current_platform
+
+        if current_platform.device_type not in ("cpu", "cuda"):
+            problem = "the installed vLLM is a GPU build, and this machine has no GPU"
+        else:
+            from vllm import LLM  # noqa: F401  the rest of it may be broken, too
+    except ModuleNotFoundError as error:
+        problem = f"vLLM is not installed ({error})"
+    except Exception as error:  # a broken installation shows itself in many ways
+        problem = f"vLLM does not import: {type(error).__name__}: {error}"
+    if problem and wanted == "vllm":
+        raise UserError(f"--sampler vllm: {problem}; install vLLM for this machine or use --sampler transformers")
+    return ("transformers", problem) if problem else ("vllm", "installed, and fit for this machine")

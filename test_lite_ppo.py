@@ -1,0 +1,612 @@
+"""lite_ppo.py, samplers.py and tasks.py, run for real on a tiny random model. Run: pytest test_lite_ppo.py
+
+Gradients are compared with a reference that knows nothing of packs, ranks and weights: one sequence at a time, in float64, the formulas in plain Python.
+This file is also a script, for what needs processes of its own: two ranks, and vLLM, which changes the process that it lives in.
+"""
+
+import functools, inspect, json, math, os, pickle, shutil, subprocess, sys, time  # noqa: E401
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")  # CPUs compute in float32
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings, strategies as st
+
+import lite_ppo, samplers, tasks, toy  # noqa: E401
+from lite_ppo import Clock, Config, Problem, Response, build_policy, full_weights, make_pack
+from samplers import Sample, Sampling
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+settings.register_profile("repeatable", max_examples=60, deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
+torch.set_num_threads(1)
+
+CPU, HERE, load_model = torch.device("cpu"), Path(__file__).parent, AutoModelForCausalLM.from_pretrained
+
+# ---- a tiny world ----------------------------------------------------------------------------------------------------
+
+EOS = [1, 9]  # the tokenizer's, and "3"
+REWARDS = r"""
+import os
+def sevens(response, row): return float(response[:1] == "7" and row["answer"].isdigit())
+def even(response, row): return float(len(response) % 2 == 0)
+def trouble(response, row):
+    while response == "hangs": pass
+    if response == "exits": os._exit(3)
+    if response == "raises": raise KeyError("no such thing")
+    return float({"nan": "nan", "word": "seven"}.get(response, row["answer"]))
+"""
+GOOD, LONG = '{"problem": "1+1", "answer": 2}\n', '{"problem": "1+1+1+1+1+1+1+1+1+1", "answer": 10}\n'
+FILES = {"dev.jsonl": GOOD, "long.jsonl": LONG, "mixed.jsonl": GOOD + LONG, "syntax.jsonl": GOOD + "\n{'problem': 1}\n", "list.jsonl": '["1+1", "2"]\n',
+         "empty.jsonl": "\n", "unanswered.jsonl": GOOD + '{"problem": "1+2"}\n', "rewards.py": REWARDS, "syntax.py": "def f(:\n",
+         "train.jsonl": "".join(json.dumps({"problem": "+".join("12345"[: 1 + i % 5]) + f"+{i}", "answer": str(i)}) + "\n" for i in range(10))}  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def root(tmp_path_factory):
+    """A folder with models of random weights, data and reward functions, some of them broken; and one rank."""
+    root = tmp_path_factory.mktemp("world")
+    for name in ("tied", "untied"):
+        torch.manual_seed(0)
+        model = Qwen3ForCausalLM(Qwen3Config(
+            hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32, intermediate_size=96, dtype="float32", vocab_size=21,
+            max_position_embeddings=64, tie_word_embeddings=name == "tied", initializer_range=0.15, eos_token_id=1, bos_token_id=None,
+        ))  # fmt: skip
+        model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=0)
+        model.save_pretrained(root / name)
+        toy.make_tokenizer().save_pretrained(root / name)
+    for name, dropped in {"weightless": "model.safetensors", "silent": "chat_template.jinja", "hollow": "config.json"}.items():
+        shutil.copytree(root / "tied", root / name, ignore=shutil.ignore_patterns(dropped))
+    for name, text in FILES.items():
+        (root / name).write_text(text)
+    start_one_rank()
+    yield root
+    dist.destroy_process_group()
+
+
+def start_one_rank() -> None:
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+@pytest.fixture(scope="session")
+def helpers(root):
+    """Processes that work while other tests run; helpers(name) waits for one, and returns what it found out."""
+    torchrun, running = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], {}
+    for name, command in {
+        "two_ranks": [*torchrun, __file__, "two_ranks", root], "vllm": [__file__, "vllm", root], "script": [HERE / "lite_ppo.py", *command_line(root)],
+    }.items():  # fmt: skip
+        running[name] = subprocess.Popen([sys.executable, *command], stdout=open(root / f"{name}.txt", "w"), stderr=subprocess.STDOUT, cwd=root)
+
+    def finish(name: str):
+        assert running[name].wait(timeout=300) == 0, (root / f"{name}.txt").read_text()[-5000:]
+        return pickle.loads((root / f"{name}.pkl").read_bytes()) if (root / f"{name}.pkl").exists() else None
+
+    yield finish
+    [process.kill() for process in running.values()]
+
+
+def config(root: Path, **changes) -> Config:
+    return Config(**dict(
+        model=f"{root}/tied", train_data=f"{root}/train.jsonl", eval_data=(f"{root}/dev.jsonl",), reward=f"{root}/rewards.py:even", lr=1e-3, warmup_steps=0,
+        sampler="transformers", prompts_per_step=4, group_size=4, max_prompt_tokens=16, max_new_tokens=12, steps=2, minibatches=2, micro_batch_tokens=100,
+        eval_samples=2, eval_pass_k=2, reward_workers=1, max_num_seqs=64, activation_checkpointing=False,
+    ) | changes)  # fmt: skip
+
+
+def predictions(model, prompt: list[int], tokens, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of the response tokens, and of the whole vocabulary [length, V]; this sequence alone, no cache, no packing."""
+    logits = model(torch.tensor([[*prompt, *map(int, tokens)]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    logprobs = (logits / temperature).log_softmax(-1)
+    return logprobs[range(len(tokens)), torch.as_tensor(tokens).long()], logprobs
+
+
+def read(path, *without: str) -> list[dict]:
+    """The rows of a JSONL file, without the keys that start so."""
+    return [{key: value for key, value in json.loads(line).items() if not key.startswith(without)} for line in Path(path).read_text().splitlines()]
+
+
+# ---- the gradient: any split, any number of ranks, and the formulas --------------------------------------------------
+
+LENGTHS, PROMPTS = [1, 5, 12, 3, 12, 8, 2, 7, 4], [4, 1, 6, 2, 3, 9, 5, 1, 7]
+CUT = (2, 5)  # truncated; number 4 is as long as the limit, but ends with an end-of-sequence token
+CASES = {f"{level}{' filtered' * cut}": (range(9), dict(loss_level=level, overlong_filter=cut)) for level in ("token", "sequence", "constant") for cut in (0, 1)}
+CASES |= {  # name: responses, settings
+    "one step": (range(9), dict(minibatches=1)), "a single EOS": ([0], dict(minibatches=1)), "fewer responses than ranks": ([3], dict(minibatches=1)),
+    "a rank with nothing to train": ([0, 2], dict(minibatches=1, overlong_filter=True)), "nothing": ([2, 5], dict(minibatches=1, overlong_filter=True)),
+    "everything on": (range(9), dict(minibatches=3, temperature=0.7, clip_high=0.28, dual_clip=1.3, kl_coef=0.3, tis_cap=1.2)),
+}  # fmt: skip
+RATE = 0.1  # of the plain gradient steps between mini-batches: enough to clip
+
+
+def the_case(case: str, root: Path, **changes) -> tuple[Config, list[Response], torch.Tensor]:
+    """Settings, responses, advantages."""
+    draw, responses = torch.Generator().manual_seed(5), []
+    for i, (length, prompt) in enumerate(zip(LENGTHS, PROMPTS)):
+        tokens = torch.randint(2, 21, (prompt + length,), generator=draw).tolist()
+        tokens[-1] = tokens[-1] if i in CUT else 1
+        logprobs = torch.randn(length, generator=draw).sub(3).numpy()  # of no sampler; only tis_cap looks at them
+        responses.append(Response(Problem({}, tokens[:prompt]), np.array(tokens[prompt:], np.int32), logprobs, i in CUT, "", 0.0, ""))
+    advantages, (which, options) = torch.tensor([0.9, -1.1, 0.7, -0.4, 1.3, -0.8, 0.5, -0.6, 1.0]), CASES[case]
+    cfg = config(root, **dict(lr=RATE, max_logprob_gap=1e9, max_grad_norm=1e9) | options | changes)
+    return cfg, [responses[i] for i in which], advantages[list(which)]
+
+
+def run_update(case: str, root: Path, mistake: str = "", **changes) -> tuple[list[dict], dict]:
+    """Gradients of every optimizer step, and metrics; of update() as it is, or with a mistake."""
+    (cfg, responses, advantages), gradients = the_case(case, root, activation_checkpointing=case == "token", **changes), []
+    policy, reference = (build_policy(cfg, cfg.model, CPU, trainable) for trainable in (True, False))
+    optimizer, scope = torch.optim.SGD(policy.parameters()), dict(vars(lite_ppo))
+    optimizer.register_step_pre_hook(lambda *_: gradients.append({name: p.grad.full_tensor().clone() for name, p in policy.named_parameters()}))
+    if mistake:
+        (_, right, wrong), source = MUTANTS[mistake], inspect.getsource(make_pack) + inspect.getsource(lite_ppo.update)
+        assert right in source, f"the line of the mutant {mistake!r} has changed"
+        exec(source.replace(right, wrong), scope)
+    return gradients, scope["update"](policy, reference, optimizer, responses, advantages, 7, cfg, Clock())
+
+
+@functools.cache
+def expected(case: str, root: Path) -> tuple[list[dict], dict]:
+    """The same from the formulas: float64, one sequence at a time, one token at a time."""
+    (cfg, responses, advantages), model = the_case(case, root), load_model(root / "tied", dtype=torch.float64)
+    now = lambda r: predictions(model, r.problem.prompt_ids, r.token_ids, cfg.temperature)  # noqa: E731
+    old = [now(r)[0].detach() for r in responses]  # the reference model's, too
+    gradients, losses, sums = [], [], np.zeros(6)
+    for members in np.array_split(lite_ppo.permutation(len(responses), cfg.seed, "minibatches", 7), cfg.minibatches):
+        kept = [i for i in members if not (cfg.overlong_filter and responses[i].truncated)]
+        tokens, total = sum(len(responses[i].token_ids) for i in kept), torch.zeros((), dtype=torch.float64, requires_grad=True)
+        for i in members:
+            A, (logprobs, full) = advantages[i].item(), now(responses[i])
+            for t in range(len(logprobs)):
+                ratio, kl = (logprobs[t] - old[i][t]).exp(), (old[i][t] - logprobs[t]).exp() - (old[i][t] - logprobs[t]) - 1
+                objective = min(ratio * A, min(max(ratio, 1 - cfg.clip_low), 1 + cfg.clip_high) * A)
+                if cfg.dual_clip and A < 0:
+                    objective = max(objective, torch.tensor(cfg.dual_clip * A))
+                if cfg.tis_cap:
+                    objective = objective * min(math.exp(old[i][t] - responses[i].logprobs[t]), cfg.tis_cap)
+                if i in kept:
+                    count = {"token": tokens, "sequence": len(kept) * len(logprobs), "constant": len(kept) * 12}[cfg.loss_level]
+                    total = total + (cfg.kl_coef * kl - objective) / count
+                rho, entropy = ratio.item(), -(full[t].exp() * full[t]).sum().item()
+                low, high = A < 0 and rho < 1 - cfg.clip_low, A > 0 and rho > 1 + cfg.clip_high
+                sums += [1, entropy, low, high, rho - 1 - math.log(rho), kl.item() * (cfg.kl_coef > 0)]
+        total.backward()
+        gradients.append({name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()})
+        losses.append(total.item())
+        model.zero_grad()
+        with torch.no_grad():
+            [p.sub_(RATE * gradients[-1][name]) for name, p in model.named_parameters()]
+    names = ("entropy", "clip_low", "clip_high", "approx_kl", "reference_kl")
+    return gradients, {f"policy/{name}": value for name, value in zip(names, sums[1:] / sums[0])} | {"policy/loss": np.mean(losses), "policy/skipped": 0}
+
+
+def difference(gradients: list[dict], truth: list[dict]) -> float:
+    """Largest distance of a step's gradient from the truth, relative to the truth."""
+    assert [g.keys() for g in gradients] == [t.keys() for t in truth]
+    norm = lambda tensors: torch.cat([x.double().flatten() for x in tensors]).norm().item()  # noqa: E731
+    return max(norm(g[name] - t[name] for name in t) / (norm(t.values()) or 1) for g, t in zip(gradients, truth))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gradient_and_metrics_are_the_formulas_however_the_batch_is_split(case, ranks, helpers, root):
+    truth, metrics = expected(case, root)
+    results = helpers("two_ranks")["cases"][case] if ranks == 2 else [run_update(case, root, micro_batch_tokens=budget) for budget in (1, 20, 10**6)]
+    for gradients, found in results:
+        assert difference(gradients, truth) <= 1e-5
+        assert {name: found[name] for name in metrics} == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+
+
+MUTANTS = {  # mistake: the case that notices it, a part of update() or make_pack(), and what it becomes
+    "averaged over ranks": ("token", "loss * world", "loss"),
+    "normalised by the micro-batch": ("token", "(per_token(weights, pack) * token_loss).sum()", "token_loss.mean() / len(packs) / world"),
+    "weights of the whole step": ("token", "weights[members] = tricks.loss_weights(lengths[members], cfg.loss_level, keep[members]",
+                                  "weights = tricks.loss_weights(lengths, cfg.loss_level, keep"),
+    "filter ignored": ("token filtered", "keep[members]", "None"),
+    "filtered by length": ("token filtered", "r.truncated", "len(r.token_ids) == 12"),
+    "old log-probs with gradient": ("token", "logprobs.detach()", "logprobs"),
+    "old log-probs of the moved weights": ("token", "(logprobs, pack.old_logprobs,", "(logprobs, logprobs.detach(),"),
+    "advantage of the next response": ("token", "per_token(advantages, pack)", "per_token(advantages.roll(1), pack)"),
+    "end of sequence not trained": ("a single EOS", "per_token(weights, pack) *", "per_token(weights, pack) * (pack.targets != 1) *"),
+    "temperature forgotten": ("everything on", "policy.response_logprobs(pack, cfg.temperature)", "policy.response_logprobs(pack, 1.0)"),
+    "predicted one token too early": ("token", "s + len(prompt) - 1, s + n", "s + len(prompt) - 2, s + n - 1"),
+    "KL forgotten": ("everything on", "cfg.kl_coef * kl", "0 * kl"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MUTANTS)
+def test_named_mutants_are_noticed(mistake, helpers, root):
+    assert difference(helpers("two_ranks")["mutants"][mistake], expected(MUTANTS[mistake][0], root)[0]) > 1e-3
+
+
+def test_the_cases_exercise_what_they_should_and_gradients_are_clipped_or_skipped(root, monkeypatch):
+    assert min(expected("token", root)[1][f"policy/{name}"] for name in ("clip_low", "clip_high")) > 0.05 > expected("one step", root)[1]["policy/clip_low"]
+    assert difference(expected("token", root)[0], expected("token filtered", root)[0]) > 0.01
+    assert not any(g.any() for g in expected("nothing", root)[0][0].values())
+    (gradient,), metrics = run_update("one step", root, max_grad_norm=0.01)
+    assert torch.stack([g.norm() for g in gradient.values()]).norm() == pytest.approx(0.01, rel=1e-4) and metrics["policy/grad_norm"] > 1
+    monkeypatch.setattr(lite_ppo.tricks, "loss_weights", lambda lengths, *_: torch.full((len(lengths),), math.inf))
+    gradients, metrics = run_update("token", root)
+    assert gradients == [] and metrics["policy/skipped"] == 2
+
+
+@torch.no_grad()
+def test_packed_log_probs_are_those_of_each_sequence_alone(root):
+    (cfg, responses, _), model, order = the_case("token", root), load_model(root / "tied"), [3, 0, 8, 1, 7, 2]
+    policy, pack = build_policy(cfg, cfg.model, CPU), make_pack(responses, order, CPU)
+    logprobs, entropy = policy.response_logprobs(pack, 0.7)
+    alone = [predictions(model, responses[i].problem.prompt_ids, responses[i].token_ids, 0.7) for i in order]
+    assert torch.allclose(logprobs, torch.cat([of_tokens for of_tokens, _ in alone]), rtol=0, atol=1e-5)
+    assert torch.allclose(entropy, torch.cat([-(x.exp() * x).sum(-1) for _, x in alone]), rtol=0, atol=1e-5)
+    every = [(i, token) for i in order for token in responses[i].token_ids]  # of the responses, the last one, too; no padding
+    assert list(zip(pack.owner.tolist(), pack.targets.tolist())) == every and len(pack.token_ids) == sum(LENGTHS[i] + PROMPTS[i] - 1 for i in order)
+    responses[0].problem.prompt_ids[:] = [20] * 4  # another prompt for the second sequence: no other one notices
+    changed, _ = policy.response_logprobs(make_pack(responses, order, CPU), 0.7)
+    assert torch.allclose(changed[pack.owner != 0], logprobs[pack.owner != 0], rtol=0, atol=1e-6) and abs(changed - logprobs).max() > 0.01
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 80), st.integers(1, 5))
+def test_laws_of_micro_batches(lengths, budget, world):
+    plan = lite_ppo.plan_micro_batches(lengths, budget, world)
+    assert len(plan) == world and len({len(rank) for rank in plan}) == 1 and len(plan[0]) <= math.ceil(len(lengths) / world)
+    assert sorted(i for rank in plan for micro in rank for i in micro) == list(range(len(lengths)))
+    assert all(len(micro) <= 1 or sum(lengths[i] for i in micro) <= max([budget, *lengths]) for rank in plan for micro in rank)
+
+
+# ---- samplers --------------------------------------------------------------------------------------------------------
+
+QUESTIONS, SEEDS = [[3, 7, 4], [3, 8, 16, 9, 4], [3, 10, 16, 11, 16, 12, 4], [3], [3, 13, 16, 14, 4]], [100, 200, 300, 400, 500]
+FILTERS = {"top-k": (0.9, 1.0, 4), "top-p": (0.9, 0.6, 0), "both": (1.3, 0.8, 6)}  # temperature, top_p, top_k
+
+
+def sampler_facts(kind: str, root: Path) -> dict:
+    """What an engine does, as data: one that needs its own process answers to the same tests."""
+    cfg = config(root, max_prompt_tokens=20, max_new_tokens=20)
+    eos_ids, engines = samplers.load_tokenizer(cfg.model, 40)[1], {"vllm": samplers.VllmSampler, "transformers": samplers.TransformersSampler}
+    sampler, policy = engines[kind](cfg, cfg.model, eos_ids, CPU, torch.float32), build_policy(cfg, cfg.model, CPU)
+
+    def ask(n=4, tokens=12, *rest, which=range(5)):
+        """(question, sample) for n samples to each question."""
+        groups = sampler.generate([QUESTIONS[i] for i in which], [SEEDS[i] for i in which], Sampling(n, tokens, *(rest or [1.0])))
+        return [(QUESTIONS[i], sample) for i, group in zip(which, groups) for sample in group]
+
+    @torch.no_grad()
+    def gap() -> float:
+        """Largest difference between the log-probs of engine and trainer."""
+        responses = [Response(Problem({}, question), *sample, "", 0.0, "") for question, sample in ask()]
+        pack = make_pack(responses, range(len(responses)), CPU)
+        return (policy.response_logprobs(pack, 1.0)[0] - pack.rollout_logprobs).abs().max().item()
+
+    sampler.load_weights(full_weights(policy, torch.float32))
+    facts = {"greedy": ask(1, 12, 0.0), "hot": ask(4, 12, 0.7), "short": ask(40, 2), "first": ask(1500, 1, which=[2]), "gaps": [gap()]}
+    facts |= {"together": ask(), "alone": sum((ask(which=[i]) for i in range(5)), []), "backwards": ask(which=range(4, -1, -1))}
+    facts["one by one"] = [(q, sampler.generate([q], [s + k], Sampling(1, 12, 1.0))[0][0]) for q, s in zip(QUESTIONS, SEEDS) for k in range(4)]
+    facts |= {name: ask(200, 1, *rest, which=[2]) for name, rest in FILTERS.items()}
+    with torch.no_grad():
+        [p.add_(p.sin() * 0.3) for p in policy.parameters()]  # an optimizer step
+    facts["gaps"].append(gap())
+    sampler.load_weights(full_weights(policy, torch.float32))
+    facts["gaps"].append(gap())
+    sampler.close()
+    if not dist.is_initialized():  # vLLM ends it
+        start_one_rank()
+    lite_ppo.train(config(root, model=f"{root}/untied", sampler=kind, output_dir=f"{root}/{kind}"))
+    return facts | {"run": read(root / kind / "metrics.jsonl")}
+
+
+@pytest.fixture(scope="session", params=["transformers", "vllm"])
+def engine(request, root, helpers):
+    facts = sampler_facts("transformers", root) if request.param == "transformers" else helpers("vllm")
+    return facts if isinstance(facts, dict) else pytest.skip(facts)  # the reason: not installed, or not for this machine
+
+
+def test_a_response_depends_on_its_own_seed_alone_and_greedy_is_greedy(engine, root):
+    for other in ("alone", "backwards", "one by one"):
+        for (_, a), (_, b) in zip(engine["together"], sorted(engine[other], key=lambda pair: QUESTIONS.index(pair[0])), strict=True):
+            assert a.token_ids.tolist() == b.token_ids.tolist() and a.truncated == b.truncated and np.allclose(a.logprobs, b.logprobs, rtol=0, atol=1e-4)
+    assert len({tuple(sample.token_ids) for _, sample in engine["together"]}) > 15  # of 20
+    model = load_model(root / "tied")
+    for question, sample in engine["greedy"]:
+        out = model.generate(torch.tensor([question]), do_sample=False, max_new_tokens=12, eos_token_id=EOS, attention_mask=torch.ones(1, len(question)))
+        assert sample.token_ids.tolist() == out[0, len(question) :].tolist()
+
+
+def test_responses_end_with_an_end_of_sequence_token_or_are_truncated(engine):
+    for name, limit in (("greedy", 12), ("together", 12), ("short", 2)):
+        for _, sample in engine[name]:
+            *inside, last = sample.token_ids.tolist()
+            assert not set(inside) & set(EOS) and len(sample.logprobs) == len(sample.token_ids) <= limit
+            assert sample.truncated == (last not in EOS) and (not sample.truncated or len(sample.token_ids) == limit)
+    ends = {(len(s.token_ids), int(s.token_ids[-1])) for _, s in engine["short"] if not s.truncated}
+    assert ends == {(length, token) for length in (1, 2) for token in EOS}  # each of them, and at the last place, too
+
+
+@torch.no_grad()
+def test_samples_and_their_log_probs_are_those_of_the_models_softmax(engine, root):
+    model = load_model(root / "tied")
+    for name, temperature in (("together", 1.0), ("hot", 0.7), ("short", 1.0)):
+        for question, sample in engine[name][::5]:
+            assert np.allclose(sample.logprobs, predictions(model, question, sample.token_ids, temperature)[0], rtol=0, atol=1e-4)
+    truth = predictions(model, QUESTIONS[2], [0])[1][0].exp().numpy() * 1500
+    counts = np.bincount([s.token_ids[0] for _, s in engine["first"]], minlength=21)
+    assert ((counts - truth) ** 2 / truth).sum() < 50  # chi-square with 20 degrees of freedom: above 50 in 2 of 10,000 cases
+    for name, (temperature, top_p, top_k) in FILTERS.items():
+        probabilities, ids = predictions(model, QUESTIONS[2], [0], temperature)[1][0].exp().sort(descending=True)
+        mass = probabilities[: top_k or None].cumsum(0)
+        kept = 1 + int((mass[:-1] < top_p * mass[-1]).sum())  # the fewest whose mass reaches top_p
+        truth = dict(zip(ids.tolist(), (probabilities / mass[kept - 1]).log().tolist()[:kept]))
+        assert {int(s.token_ids[0]) for _, s in engine[name]} == truth.keys() and 1 < kept < 21
+        assert all(s.logprobs[0] == pytest.approx(truth[int(s.token_ids[0])], abs=1e-4) for _, s in engine[name])
+    before, stale, after = engine["gaps"]  # to the trainer's: with the same weights, after its step, after the sync
+    assert before < 1e-4 and stale > 0.01 and after < 1e-4
+    assert len(engine["run"]) == 3 and all(row["rollout/logprob_gap_max"] < 1e-4 for row in engine["run"][1:])  # in a run, of an untied model
+
+
+def test_choice_of_the_sampler(root, tmp_path, monkeypatch):
+    code = f"import sys; sys.modules['vllm'] = None; import lite_ppo; sys.argv[1:] = {command_line(root, **{'--sampler': 'vllm'})}; sys.exit(lite_ppo.main())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert result.returncode == 2 and "Traceback" not in result.stderr and "error: --sampler vllm: vLLM is not installed" in result.stderr
+    unfit, broken = "current_platform = type('Unspecified', (), {'device_type': ''})", "raise OSError('libcudart.so.13: no such file')"
+    for reason, text in {"not installed": None, "GPU build, and this machine has no GPU": unfit, "OSError: libcudart": broken}.items():
+        folder = tmp_path / reason / "vllm"
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
+        (folder / "platforms.py").write_text(text or "raise ModuleNotFoundError('No module named vllm')")
+        [monkeypatch.delitem(sys.modules, module) for module in list(sys.modules) if module.split(".")[0] == "vllm"]
+        monkeypatch.syspath_prepend(folder.parent)
+        kind, why = samplers.choose_sampler("auto")
+        assert kind == "transformers" and reason in why and samplers.choose_sampler("transformers")[0] == "transformers"
+        with pytest.raises(tasks.UserError, match=f"--sampler vllm: .*{reason}.*--sampler transformers"):
+            samplers.choose_sampler("vllm")
+
+
+# ---- rewards ---------------------------------------------------------------------------------------------------------
+
+
+def test_boxes_and_rewards():
+    for text, answer in {
+        r"so \boxed{42}.": "42", r"\boxed{1} no, \boxed{ 2 }": "2", r"\boxed{\frac{1}{2}}": r"\frac{1}{2}", r"\boxed{\{1,\{2\}\}} q": r"\{1,\{2\}\}", "": None,
+        r"\boxed{}": "", r"\boxed{1} then \boxed{2": None, r"\boxed 5": None, "42": None, r"\boxed{a}}": "a", r"\boxed{\boxed{3}}": "3",
+    }.items():  # fmt: skip
+        assert tasks.last_boxed(text) == answer
+    for answer, gold, score in [
+        ("42", "42", 1), ("0.5", r"\frac{1}{2}", 1), (r"\frac12", "0.5", 1), ("1,000", "1000", 1), ("42.0", "42", 1), ("-3", "-3", 1), ("(1, 2)", "(1,2)", 1),
+        ("p-q", "p - q", 1), (r"x \in [0,1]", "[0,1]", 1), (r"2\sqrt{2}", r"\sqrt{8}", 1), ("43", "42", 0), ("3", "-3", 0), ("(2,1)", "(1,2)", 0),
+        ("0.3333", r"\frac{1}{3}", 0), ("", "42", 0), ("x", "42", 0), (r"\frac{", "42", 0), ("12345678901234567890123", "12345678901234567890124", 0),
+    ]:  # fmt: skip
+        assert tasks.math_reward(rf"\boxed{{7}}, no: \boxed{{{answer}}}.", {"answer": gold}) == score and tasks.math_reward(answer, {"answer": gold}) == 0
+    for text, score in {r"\boxed{7}": 1, "so\n7\n": 1, "7": 1, "7.0": 0, r"\boxed{8}" + "\n7": 0, "": 0, "7\nor 8": 0}.items():
+        assert tasks.exact_reward(text, {"answer": "7"}) == score
+
+
+def test_a_reward_that_hangs_raises_or_dies_costs_its_own_response_only(root):
+    grader, rows = tasks.Grader(f"{root}/rewards.py:trouble", timeout=1.5, workers=2), [{"answer": str(i)} for i in range(10)]
+    assert grader(["fine"] * 4, rows[:4]) == [(float(i), "") for i in range(4)]
+    kinds, began = ["fine", "hangs", "fine", "raises", "nan", "exits", "word", "fine", "hangs", "fine"], time.monotonic()
+    verdicts = grader(kinds, rows)
+    assert time.monotonic() - began < 2 * 1.5 + 2
+    reasons = {"hangs": "no verdict within 1.5 s", "raises": "no such thing", "nan": "nan, not a finite", "exits": "Process", "word": "seven"}
+    for i, (kind, (score, reason)) in enumerate(zip(kinds, verdicts)):
+        assert (score, reason) == (i, "") if kind == "fine" else score == 0 and reasons[kind] in reason
+    assert grader(["fine"] * 10, rows) == [(float(i), "") for i in range(10)]  # the pool has recovered
+    grader.close()
+
+
+GOLDS = ["42", "-7", "0.25", r"\frac{3}{4}", r"\left( 3, \frac{\pi}{2} \right)", r"2\sqrt{3}", "p - q", "x^2 + 1", "[0, 1)", r"\{1, 2, 3\}", r"10\%",
+         r"\text{east}", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", "1,000", r"k \neq 1", r"\infty", r"90^\circ", "5"]  # fmt: skip
+
+
+def test_gold_answers_are_graded_right():
+    grader = tasks.Grader("math", 10.0, 2)
+    for file in [None, *(HERE.parent / "shared" / "data").glob("*.jsonl")]:  # real data sets, where there are any
+        golds = [row["answer"] for row in tasks.load_rows(file)] if file else GOLDS
+        assert all(tasks.math_reward(f"\\boxed{{{gold}}}", {"answer": gold}) == 1 for gold in golds)
+        few = golds[:: max(1, len(golds) // 100)]
+        right = [score for score, _ in grader([f"\\boxed{{{gold}}}" for gold in few], [{"answer": gold + " "} for gold in few])]  # another string: math-verify
+        wrong = [score for score, _ in grader([f"\\boxed{{{i + 1234567}}}" for i in range(len(few))], [{"answer": gold} for gold in few])]
+        assert sum(right) >= 0.99 * len(right) and sum(wrong) == 0, (file, [gold for gold, score in zip(few, right) if score < 1])
+    grader.close()
+
+
+# ---- configuration, and mistakes of the caller's ---------------------------------------------------------------------
+
+
+def test_presets_are_the_published_settings_and_flags_win(root, monkeypatch):
+    line = ["--train-data", f"{root}/train.jsonl", "--model", f"{root}/tied"]
+    common = vars(lite_ppo.parse_config(line))
+    assert common.items() >= dict(
+        advantage_mean="group", advantage_std="batch", advantage_eps=1e-6, loss_level="token", clip_low=0.2, clip_high=0.2, dual_clip=0, kl_coef=0, tis_cap=0,
+        overlong_filter=False, overlong_buffer=0, dynamic_sampling=False, temperature=1, top_p=1, top_k=0, prompts_per_step=128, group_size=8, lr=1e-6,
+    ).items()  # fmt: skip
+    raw, group = dict(advantage_mean="none", advantage_std="none"), dict(advantage_std="group")
+    differences = {
+        "lite_ppo": {}, "paper": dict(temperature=0.99, top_p=0.99, top_k=100), "reinforce": dict(raw, loss_level="sequence"),
+        "grpo": dict(group, loss_level="sequence", kl_coef=0.04), "dr_grpo": dict(advantage_std="none", loss_level="constant"),
+        "dapo": dict(group, clip_high=0.28, dynamic_sampling=True, overlong_filter=True, overlong_buffer=0.2),
+        "rloo": dict(raw, advantage_mean="leave_one_out", loss_level="sequence"),
+    }  # fmt: skip
+    assert differences.keys() == lite_ppo.PRESETS.keys()
+    for preset, changes in differences.items():
+        assert vars(lite_ppo.parse_config([*line, "--preset", preset])) == common | changes | {"preset": preset}
+    monkeypatch.setitem(lite_ppo.TOY, "clip_high", 0.5)  # flag > preset > toy
+    values = [lite_ppo.parse_config(f"--model toy:large {more}".split()).clip_high for more in ("", "--preset dapo", "--clip-high 0.3 --preset=dapo")]
+    toys = lite_ppo.parse_config(["--preset", "dapo", "--no-dynamic-sampling", "--steps", "3"])
+    assert values == [0.5, 0.28, 0.3] and (toys.dynamic_sampling, toys.overlong_filter, toys.steps, toys.lr) == (False, True, 3, lite_ppo.TOY["lr"])
+
+
+@pytest.mark.parametrize("mistake,named", [  # a flag; what the message must name
+    ("--groups 3", "--groups"), ("--preset ppo2", "--preset ppo2 dr_grpo"), ("--steps many", "--steps many"), ("--group-size 1", "--group-size 1 2 responses"),
+    ("--clip-low -0.1", "--clip-low -0.1 at least 0"), ("--top-p 1.5", "--top-p 1.5 at most 1"), ("--temperature 0", "--temperature 0.0 positive"),
+    ("--reward-low 2", "--reward-high 1.0 above --reward-low 2.0"), ("--minibatches 9999", "--minibatches 9999 responses per step"),
+    ("--eval-pass-k 8", "--eval-pass-k 8 --eval-samples 4"), ("--train-data ", "--train-data missing JSONL"), ("--tensor-parallel-size 2", "--tensor-parallel-size 2 ranks"),
+    ("--train-data ROOT/none.jsonl", "ROOT/none.jsonl No such file"), ("--train-data toy:extreme", "--train-data extreme easy, medium, hard"),
+    ("--train-data ROOT/syntax.jsonl", "ROOT/syntax.jsonl:3 JSON object"), ("--train-data ROOT/list.jsonl", "ROOT/list.jsonl:1 problem"),
+    ("--eval-data ROOT/unanswered.jsonl", "ROOT/unanswered.jsonl:2 answer None"), ("--train-data ROOT/empty.jsonl", "ROOT/empty.jsonl no problems"),
+    ("--train-data ROOT/long.jsonl", "ROOT/long.jsonl --max-prompt-tokens 16"), ("--eval-data ROOT/mixed.jsonl", "ROOT/mixed.jsonl --max-prompt-tokens 16 1"),
+    ("--model ROOT/none", "--model ROOT/none"), ("--model nobody/nothing", "--model nobody/nothing"), ("--model toy:huge", "--model toy:huge small, large"),
+    ("--model ROOT/hollow", "--model ROOT/hollow"), ("--model ROOT/weightless", "--model ROOT/weightless safetensors"),
+    ("--model ROOT/silent", "--model ROOT/silent chat_template.jinja"), ("--max-new-tokens 60", "--model ROOT/tied 64 --max-new-tokens 76"),
+    ("--reward accuracy", "--reward accuracy FILE.py:FUNCTION"), ("--reward ROOT/none.py:f", "--reward ROOT/none.py:f FILE.py:FUNCTION"),
+    ("--reward ROOT/rewards.py:odd", "--reward ROOT/rewards.py:odd 'odd'"), ("--reward ROOT/syntax.py:f", "--reward ROOT/syntax.py:f SyntaxError"),
+    ("--output-dir ROOT/train.jsonl", "--output-dir ROOT/train.jsonl"),
+])  # fmt: skip
+def test_a_mistake_is_named_in_one_message(mistake, named, root, monkeypatch, capfd):
+    flag, value = mistake.replace("ROOT", str(root)).split(" ")
+    monkeypatch.setattr(sys, "argv", ["lite_ppo.py", *command_line(root, **{"--output-dir": f"{root}/mistakes", flag: value})])
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: None)  # it is initialised, and stays so
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    try:
+        code = lite_ppo.main()
+    except SystemExit as error:
+        code = error.code
+    out = " ".join(capfd.readouterr().err.replace("│", " ").split())
+    assert code == 2 and "Traceback" not in out and out.count("error: ") <= 1 and all(word in out for word in named.replace("ROOT", str(root)).split()), out
+
+
+# ---- whole runs ------------------------------------------------------------------------------------------------------
+
+METRICS = """step reward/mean reward/std reward/solve_all reward/solve_none response/length_mean response/length_max response/truncated response/looping
+policy/loss policy/entropy policy/clip_low policy/clip_high policy/approx_kl policy/grad_norm policy/lr rollout/logprob_gap_mean rollout/logprob_gap_max
+time/rollout time/reward time/logprobs time/update time/sync time/step perf/rollout_tokens_per_s perf/train_tokens_per_s perf/peak_memory_gib""".split()
+
+
+def command_line(root: Path, **flags: str) -> list[str]:
+    line = f"""--model {root}/tied --train-data {root}/train.jsonl --eval-data {root}/dev.jsonl --reward {root}/rewards.py:sevens --sampler transformers
+        --steps 16 --prompts-per-step 8 --group-size 8 --minibatches 2 --max-prompt-tokens 16 --max-new-tokens 4 --lr 3e-3 --warmup-steps 4 --eval-every 10
+        --samples-per-step 64 --reward-workers 1""".split()
+    return [part for pair in (dict(zip(line[::2], line[1::2])) | flags).items() for part in pair]
+
+
+def test_the_script_learns_and_writes_everything_down(helpers, root):
+    printed, (folder,) = helpers("script"), (root / "runs").glob("tied-lite_ppo-seed42-*")
+    rows, samples = read(folder / "metrics.jsonl"), read(folder / "samples.jsonl")
+    assert [row["step"] for row in rows] == list(range(17)) and all(math.isfinite(value) for row in rows for value in row.values())
+    assert all(set(METRICS) <= row.keys() for row in rows[1:])
+    evaluation = {f"eval/dev/{key}" for key in ("accuracy", "pass_at_k", "length_mean", "truncated")}
+    assert [row["step"] for row in rows if evaluation <= row.keys()] == [row["step"] for row in rows if evaluation & row.keys()] == [0, 10, 16]
+    assert [row["policy/lr"] for row in rows[1:6]] == pytest.approx([0.75e-3, 1.5e-3, 2.25e-3, 3e-3, 3e-3])
+    assert rows[1]["reward/mean"] < 0.2 and np.mean([row["reward/mean"] for row in rows[-3:]]) > 0.5  # it learns
+    assert f"dev: accuracy {rows[0]['eval/dev/accuracy']:.3f} -> {rows[-1]['eval/dev/accuracy']:.3f}" in printed and str(folder.relative_to(root)) in printed
+    golds = {row["problem"]: row["answer"] for row in read(root / "train.jsonl")}
+    for s in samples:
+        assert s["gold"] == golds[s["prompt"]] and s["reward"] == (s["response"][:1] == "7") and s["truncated"] <= (s["length"] == 4) and s["failure"] == ""
+    rewards, advantages = (np.array([s[key] for s in samples]).reshape(16, 8, 8) for key in ("reward", "advantage"))
+    std = rewards.std((1, 2), ddof=1, keepdims=True)
+    assert np.allclose(advantages, (rewards - rewards.mean(2, keepdims=True)) / (std + 1e-6), atol=1e-5)  # trick 1, end to end
+    assert json.loads((folder / "config.json").read_text()) == json.loads(json.dumps(vars(lite_ppo.parse_config(command_line(root)))))
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG") and list(folder.glob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("preset", lite_ppo.PRESETS)
+def test_every_preset_runs(preset, root, helpers):
+    cfg = config(root, **lite_ppo.PRESETS[preset] | dict(preset=preset, model=f"{root}/{'untied' if preset in ('paper', 'grpo') else 'tied'}", output_dir=f"{root}/{preset}"))
+    lite_ppo.train(cfg)
+    rows, before, after = read(root / preset / "metrics.jsonl", "time/", "perf/"), *(load_model(path).state_dict() for path in (cfg.model, root / preset / "final"))
+    assert [row["step"] for row in rows] == [0, 1, 2] and all(math.isfinite(value) for row in rows for value in row.values())
+    for row in rows[1:]:
+        assert row["policy/grad_norm"] > 0 == row["policy/skipped"] and (preset == "paper" or row["rollout/logprob_gap_max"] < 1e-4)
+        assert preset == "grpo" or row["policy/reference_kl"] == 0
+    assert (rows[-1]["policy/reference_kl"] > 0) == (preset == "grpo")
+    assert before.keys() == after.keys() and all(1e-5 < (after[name] - before[name]).abs().max() < 0.1 for name in before)
+    if preset == "lite_ppo":  # two ranks train as one
+        for one, two in zip(rows, read(root / "two" / "metrics.jsonl", "time/", "perf/"), strict=True):
+            assert two == pytest.approx(one, rel=1e-3, abs=1e-5)
+        one, two = ([row["response"] for row in read(root / name / "samples.jsonl")] for name in (preset, "two"))
+        assert one == two and len(helpers("two_ranks")["stale"]) == 2 and all("--max-logprob-gap 1e-12" in text for text in helpers("two_ranks")["stale"])
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_and_the_final_folder_the_trainers_model(root):
+    whole, resumed, options = root / "whole", root / "resumed", dict(steps=4, save_every=1, eval_every=1)
+    lite_ppo.train(config(root, output_dir=str(whole), **options))
+    assert sorted(path.name for path in whole.glob("*-*")) == ["checkpoint-3", "checkpoint-4"]  # keep_checkpoints
+    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("checkpoint-4", "final"))
+    (resumed / "partial-4").mkdir()  # killed while it saved; the logs are ahead of the checkpoint
+    lite_ppo.train(config(root, output_dir=str(resumed), **options))
+    a, b = (load_model(folder / "final").state_dict() for folder in (whole, resumed))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        assert read(whole / file, "time/", "perf/") == read(resumed / file, "time/", "perf/")  # each step once, with the same numbers
+    (cfg, responses, _), model = the_case("token", root), load_model(whole / "final")
+    policy = build_policy(cfg, cfg.model, CPU)
+    assert lite_ppo.load_checkpoint(whole / "checkpoint-4", policy, torch.optim.AdamW(policy.parameters())) == (4, 16)
+    with torch.no_grad():
+        alone = [predictions(model, r.problem.prompt_ids, r.token_ids)[0] for r in responses]
+        assert torch.allclose(policy.response_logprobs(make_pack(responses, range(9), CPU), 1.0)[0], torch.cat(alone), rtol=0, atol=1e-5)
+    assert samplers.load_tokenizer(str(whole / "final"), 40)[1] == EOS
+
+
+def test_a_forgotten_sync_stops_the_run(root, monkeypatch):
+    load, loads = samplers.TransformersSampler.load_weights, []
+    monkeypatch.setattr(samplers.TransformersSampler, "load_weights", lambda self, weights: loads or loads.append(load(self, weights)))  # the first time only
+    with pytest.raises(RuntimeError, match="step 2: .* --max-logprob-gap 0.001: the sampler does not hold the trainer's weights"):
+        lite_ppo.train(config(root, lr=1e-2, output_dir=f"{root}/forgetful"))
+
+
+def play(*calls, cursor=0, evaluation=False, **changes):
+    """What rollout() or evaluate() makes of these scores, one list for each time that the sampler and the grader are asked."""
+    calls, seeds = iter(calls), []
+    generate = lambda prompts, given, n: [seeds.append(s) or [Sample(np.array([5, 1]), np.zeros(2), False)] * n[0] for s in given]  # noqa: E731
+    grade, cfg = lambda texts, rows: [(score, "") for score in next(calls)], config(Path(), prompts_per_step=2, group_size=2, **changes)  # noqa: E731
+    problems, tools = [Problem({}, [3, i, 4]) for i in range(20)], (SimpleNamespace(generate=generate), grade, toy.make_tokenizer())
+    if evaluation:
+        return lite_ppo.evaluate(*tools, {"a": problems[:2], "b": problems[:1]}, cfg)
+    responses, cursor = lite_ppo.rollout(*tools, problems, cursor, cfg, Clock())
+    assert len(set(seeds)) == len(seeds)  # never the same draw twice
+    return [r.score for r in responses], cursor
+
+
+def test_dynamic_sampling_accuracy_and_pass_at_k():
+    dynamic = dict(dynamic_sampling=True, dynamic_rounds=3)
+    assert play([0, 0, 1, 0], cursor=6) == ([0, 0, 1, 0], 8)  # off
+    assert play([0, 0, 1, 0], [1, 1, 0, 1], **dynamic) == ([1, 0, 0, 1], 4)  # replaced
+    assert play([0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0], **dynamic) == ([0, 0, 1, 1], 6)  # nothing informative: filled up
+    assert play([0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 1, 0], **dynamic) == ([1, 0, 0, 0], 6)  # half of it
+    found = play([1, 0, 0, 0, 1, 1, 0.5, 1], [0, 0, 0, 0], evaluation=True, eval_samples=4, eval_pass_k=2)
+    for name, value in {"a/accuracy": 4 / 8, "a/pass_at_k": (3 / 6 + 1) / 2, "a/length_mean": 2, "a/truncated": 0, "b/accuracy": 0, "b/pass_at_k": 0}.items():
+        assert found[f"eval/{name}"] == pytest.approx(value)
+
+
+def test_rewards_are_scaled_and_punished_for_length(root):
+    cfg, responses, _ = the_case("token", root, group_size=3, reward_low=-1.0, overlong_buffer=0.5)  # the last 6 of 12 tokens cost
+    for r, score in zip(responses, [1, 0, 0, 1, 1, 0, 1, 1, 1]):
+        r.score = float(score)
+    assert torch.allclose(lite_ppo.shape_rewards(responses, cfg), torch.tensor([[1, -1, -2], [1, 0, -1 - 1 / 3], [1, 1 - 1 / 6, 1]]))
+
+
+@given(st.integers(1, 30), st.integers(0, 2**32))
+def test_each_epoch_visits_each_problem_once(size, seed):
+    epochs = [[lite_ppo.nth_problem(i, seed, size) for i in range(start, start + size)] for start in (0, size, 2 * size)]
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs) and (size < 8 or epochs[0] != epochs[1] != epochs[2])
+
+
+# ---- this file as a script -------------------------------------------------------------------------------------------
+
+
+def run_two_ranks(root: Path) -> dict:
+    dist.init_process_group("gloo")
+    found = {"cases": {case: [run_update(case, root, micro_batch_tokens=budget) for budget in (20, 10**6)] for case in CASES}}
+    found["mutants"] = {mistake: run_update(case, root, mutate(mistake), micro_batch_tokens=20)[0] for mistake, (case, *_) in MUTANTS.items()}
+    lite_ppo.train(config(root, output_dir=f"{root}/two"))
+    try:
+        lite_ppo.train(config(root, output_dir=f"{root}/stale", max_logprob_gap=1e-12))
+    except RuntimeError as error:
+        return found | {"stale": lite_ppo.gather([str(error)])}
+
+
+def run_vllm(root: Path) -> dict | str:
+    start_one_rank()
+    kind, reason = samplers.choose_sampler("auto")
+    return sampler_facts(kind, root) if kind == "vllm" else reason
+
+
+if __name__ == "__main__":
+    name, folder = sys.argv[1], Path(sys.argv[2])
+    result = {"two_ranks": run_two_ranks, "vllm": run_vllm}[name](folder)
+    if os.environ["RANK"] == "0":
+        (folder / f"{name}.pkl").write_bytes(pickle.dumps(result))
+    if dist.is_initialized():
+        dist.destroy_process_group()
