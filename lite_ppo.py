@@ -142,7 +142,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # What suits a model of half a million parameters; replaces the defaults above when --model is a toy.
 TOY: dict[str, Any] = dict(
-    train_data="toy:medium", eval_data=("toy:medium:test",), prompts_per_step=32, max_prompt_tokens=64, max_new_tokens=96, steps=80, minibatches=2,
+    train_data="toy:medium", eval_data=("toy:medium:test",), prompts_per_step=32, max_prompt_tokens=64, max_new_tokens=96, steps=60, minibatches=2,
     lr=5e-4, warmup_steps=5, eval_size=200, activation_checkpointing=False, samples_per_step=2,
 )  # fmt: skip
 

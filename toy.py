@@ -1,12 +1,12 @@
 """The embedded default: a tiny base model and arithmetic problems, made on one CPU core in under a minute, no download.
 
 What comes out is ordinary: a Hugging Face model folder (Qwen3 architecture, safetensors, tokenizer, chat template) and JSONL
-files of {"problem", "answer"}. Nothing that reads them needs to know that they are a toy.
-For the problem 7+8+5 with the answer 20, the worked solution has three lines: 7+8=15, 15+5=20, \\boxed{20}<eos>.
+files of {"problem", "answer"}; nothing that reads them needs to know that they are a toy. For the problem 7+8+5, answer 20, the
+worked solution has three lines: 7+8=15, 15+5=20, \\boxed{20}<eos>.
 
-The base model is warmed up on solutions that are wrong on purpose: steps slip, operands get lost, some ramble and start again.
-It knows the arithmetic and does it carelessly: it solves some problems by sampling and most within a few tries, which is
-what reinforcement learning needs to start from. The aligned variant saw clean solutions, and more of them.
+The base model is warmed up on clean solutions, then on careless ones: steps slip, operands get lost, some break off and start
+again. It knows the arithmetic and does it carelessly, solving some problems by sampling and most within a few tries: what
+reinforcement learning needs to start from. The aligned variant saw clean solutions only, and more of them.
 
     python toy.py [--size small|large] [--variant base|aligned] [--seed 0]      # makes them, prints where they are
 """
@@ -103,21 +103,23 @@ def warm_up(folder, size, variant, seed):
     from torch.nn.utils.rnn import pad_sequence
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
     print(f"toy: warming up the {size} {variant} model, once ...", file=sys.stderr, flush=True)
-    tokenizer, noise = make_tokenizer(), dict(VARIANTS[variant])
+    tokenizer, rng, noise = make_tokenizer(), random.Random(f"warm-up {seed}"), dict(VARIANTS[variant])
     steps, ends = noise.pop("steps"), dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     config = Qwen3Config(**SIZES[size], num_key_value_heads=2, head_dim=32, vocab_size=len(tokenizer), dtype="float32",
                          max_position_embeddings=1024, bos_token_id=None, **ends)
     with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
         torch.default_generator.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
-    named = dict(model.named_parameters())
-    optimizers = [torch.optim.Muon([p for n, p in named.items() if "proj" in n], lr=0.01, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW([p for n, p in named.items() if "proj" not in n], lr=0.01, weight_decay=0.0)]
+    matrices, others = ([p for n, p in model.named_parameters() if ("proj" in n) == wanted] for wanted in (True, False))
+    optimizers = [torch.optim.Muon(matrices, lr=0.01, adjust_lr_fn="match_rms_adamw"),  # half the steps of AdamW alone
+                  torch.optim.AdamW(others, lr=0.01, weight_decay=0.0)]
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1.0, (i + 1) / (0.1 * steps), 1.4 * (1 - i / steps)))
-                 for o in optimizers]  # up, flat, down to zero. Muon on the matrices needs half the steps of AdamW alone
+                 for o in optimizers]  # up, flat, down to zero
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a second one gains little at this size, and would change the order of the sums, so the model
-    for _, rows in zip(range(steps), batches(random.Random(f"warm-up {seed}"), tokenizer, **noise)):
+    clean, noisy = batches(rng, tokenizer), batches(rng, tokenizer, **noise)
+    for i in range(steps):
+        rows = next(clean if i < steps / 2 else noisy)  # first the arithmetic, then the carelessness
         tokens = pad_sequence([torch.tensor(x + y) for x, y in rows], True, tokenizer.pad_token_id)
         labels = pad_sequence([torch.tensor([-100] * len(x) + y) for x, y in rows], True, -100)  # the prompt is not trained
         model(tokens, labels=labels, use_cache=False).loss.backward()  # padding is on the right: causal attention never sees it
@@ -148,10 +150,9 @@ def cached(name, make, cache_dir=None):
 
 def parse(name, **choices):
     """The parts of "toy:a:b", each recognised by its value, in any order; None for a name that is not a toy's."""
-    head, *parts = name.split(":")
+    chosen, (head, *parts) = {}, name.split(":")
     if head != "toy":
         return None
-    chosen = {}
     for part in parts:
         kind = next((k for k, values in choices.items() if part in values and k not in chosen), None)
         if kind is None:
