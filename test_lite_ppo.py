@@ -392,15 +392,14 @@ def test_the_script_learns_and_writes_everything_down(helpers, root):
 @pytest.mark.parametrize("preset", lite_ppo.PRESETS)
 def test_every_preset_runs(preset, root):
     model, folder = root / ("untied" if preset in ("paper", "grpo") else "tied"), root / f"{preset}-{WORLD}-{ENGINE}"
-    options = dict(preset=preset, model=str(model), sampler=ENGINE, output_dir=str(folder), max_new_tokens=8)
-    lite_ppo.train(config(root, **lite_ppo.PRESETS[preset] | options))
+    lite_ppo.train(config(root, **lite_ppo.PRESETS[preset] | dict(preset=preset, model=str(model), sampler=ENGINE, output_dir=str(folder))))
     rows, (before, after) = read(folder / "metrics.jsonl"), (load_model(path).state_dict() for path in (model, folder / "final"))
     assert [row["step"] for row in rows] == [0, 1, 2] and all(math.isfinite(value) for row in rows for value in row.values())
     for row in rows[1:]:
         assert row["policy/grad_norm"] > 0 == row["policy/skipped"] and (preset == "paper" or row["rollout/logprob_gap_max"] < 1e-4)
     assert (rows[2]["policy/reference_kl"] > 0) == (preset == "grpo")
-    for s in read(folder / "samples.jsonl"):  # DAPO: the last fifth of the 8 tokens, 2, cost up to 1
-        assert s["reward"] == (len(s["response"]) % 2 == 0) + (min(0, max(-1, (6 - s["length"]) / 2)) if preset == "dapo" else 0)
+    for s in read(folder / "samples.jsonl"):  # DAPO: the last fifth of the 12 tokens, 3, cost up to 1
+        assert s["reward"] == pytest.approx((len(s["response"]) % 2 == 0) + (min(0, max(-1, (9 - s["length"]) / 3)) if preset == "dapo" else 0))
     assert before.keys() == after.keys() and all(1e-5 < (after[name] - before[name]).abs().max() < 0.1 for name in before)
 
 
