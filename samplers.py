@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import toy
-from tasks import UserError
+from data import UserError
 
 # One of these built for another torch breaks the import of transformers and vLLM; text needs none of them.
 for _name in ("torchvision", "torchaudio", "torchcodec"):

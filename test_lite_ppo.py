@@ -1,4 +1,4 @@
-"""lite_ppo.py, samplers.py and tasks.py, run for real on a tiny random model. Run: pytest test_lite_ppo.py
+"""lite_ppo.py and its parts, run for real on a tiny random model. Run: pytest test_lite_ppo.py
 
 Gradients are compared with a reference that knows nothing of packs, ranks and weights: one sequence at a time, in float64, the formulas in plain Python.
 Some of the tests run again, in processes of their own: on two ranks, and with vLLM, which changes the process that it lives in (see `helpers`).
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings, strategies as st
 
-import lite_ppo, samplers, tasks, toy  # noqa: E401  before transformers: puts broken companions of torch out of the way
+import data, lite_ppo, rewards, samplers, toy  # noqa: E401  before transformers: puts broken companions of torch out of the way
 from lite_ppo import Clock, Config, Problem, Response, build_policy, full_weights, make_pack
 from samplers import Sample, Sampling
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
@@ -263,19 +263,19 @@ def test_boxes_and_rewards():
         r"so \boxed{42}.": "42", r"\boxed{1} no, \boxed{ 2 }": "2", r"\boxed{\frac{1}{2}}": r"\frac{1}{2}", r"\boxed{\{1,\{2\}\}} q": r"\{1,\{2\}\}", "": None,
         r"\boxed{}": "", r"\boxed{1} then \boxed{2": None, r"\boxed 5": None, "42": None, r"\boxed{a}}": "a", r"\boxed{\boxed{3}}": "3",
     }.items():  # fmt: skip
-        assert tasks.last_boxed(text) == answer
+        assert rewards.last_boxed(text) == answer
     for answer, gold, score in [
         ("42", "42", 1), ("0.5", r"\frac{1}{2}", 1), (r"\frac12", "0.5", 1), ("1,000", "1000", 1), ("42.0", "42", 1), ("-3", "-3", 1), ("(1, 2)", "(1,2)", 1),
         ("p-q", "p - q", 1), (r"x \in [0,1]", "[0,1]", 1), (r"2\sqrt{2}", r"\sqrt{8}", 1), ("43", "42", 0), ("3", "-3", 0), ("(2,1)", "(1,2)", 0),
         ("0.3333", r"\frac{1}{3}", 0), ("", "42", 0), ("x", "42", 0), (r"\frac{", "42", 0), ("12345678901234567890123", "12345678901234567890124", 0),
     ]:  # fmt: skip
-        assert tasks.math_reward(rf"\boxed{{7}}, no: \boxed{{{answer}}}.", {"answer": gold}) == score and tasks.math_reward(answer, {"answer": gold}) == 0
+        assert rewards.math_reward(rf"\boxed{{7}}, no: \boxed{{{answer}}}.", {"answer": gold}) == score and rewards.math_reward(answer, {"answer": gold}) == 0
     for text, score in {r"\boxed{7}": 1, "so\n7\n": 1, "7": 1, "7.0": 0, r"\boxed{8}" + "\n7": 0, "": 0, "7\nor 8": 0}.items():
-        assert tasks.exact_reward(text, {"answer": "7"}) == score
+        assert rewards.exact_reward(text, {"answer": "7"}) == score
 
 
 def test_a_reward_that_hangs_raises_or_dies_costs_its_own_response_only(root):
-    grader, rows = tasks.Grader(f"{root}/rewards.py:trouble", timeout=1.5, workers=2), [{"answer": str(i)} for i in range(10)]
+    grader, rows = rewards.Grader(f"{root}/rewards.py:trouble", timeout=1.5, workers=2), [{"answer": str(i)} for i in range(10)]
     assert grader(["fine"] * 4, rows[:4]) == [(float(i), "") for i in range(4)]
     kinds, began = ["fine", "hangs", "fine", "raises", "nan", "exits", "word", "fine", "hangs", "fine"], time.monotonic()
     verdicts = grader(kinds, rows)
@@ -292,10 +292,10 @@ GOLDS = ["42", "-7", "0.25", r"\frac{3}{4}", r"\left( 3, \frac{\pi}{2} \right)",
 
 
 def test_gold_answers_are_graded_right():
-    grader = tasks.Grader("math", 10.0, 2)
+    grader = rewards.Grader("math", 10.0, 2)
     for file in [None, *(HERE.parent / "shared" / "data").glob("*.jsonl")]:  # real data sets, where there are any
-        golds = [row["answer"] for row in tasks.load_rows(file)] if file else GOLDS
-        assert all(tasks.math_reward(f"\\boxed{{{gold}}}", {"answer": gold}) == 1 for gold in golds)
+        golds = [row["answer"] for row in data.load_rows(file)] if file else GOLDS
+        assert all(rewards.math_reward(f"\\boxed{{{gold}}}", {"answer": gold}) == 1 for gold in golds)
         few = golds[:: max(1, len(golds) // 100)]
         right = [score for score, _ in grader([f"\\boxed{{{gold}}}" for gold in few], [{"answer": gold + " "} for gold in few])]  # another string: math-verify
         wrong = [score for score, _ in grader([f"\\boxed{{{i + 1234567}}}" for i in range(len(few))], [{"answer": gold} for gold in few])]
@@ -568,5 +568,5 @@ def test_choice_of_the_sampler(root, tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(folder.parent)
         kind, why = samplers.choose_sampler("auto")
         assert kind == "transformers" and reason in why and samplers.choose_sampler("transformers")[0] == "transformers"
-        with pytest.raises(tasks.UserError, match=f"--sampler vllm: .*{reason}.*--sampler transformers"):
+        with pytest.raises(data.UserError, match=f"--sampler vllm: .*{reason}.*--sampler transformers"):
             samplers.choose_sampler("vllm")
