@@ -16,17 +16,22 @@ A weighted sum does not care how it is split, so every split gives the same grad
 
 Map:  1 config   2 policy (FSDP2, packed forward)   3 rollout   4 PPO step   5 evaluation   6 the loop
       tricks.py: every formula   data.py: problems   rewards.py: graders   samplers.py: vLLM and transformers
-      rundir.py: clock, logs, checkpoints   toy.py: the toy
+      rundir.py: logs, checkpoints   guard.py: clock, watchdog, signals   toy.py: the toy
 """
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import heapq
+import inspect
 import math
 import os
+import re
+import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -42,11 +47,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from tqdm import tqdm
 
 import samplers  # first: it puts broken companions of torch out of the way
+import guard
 import toy
 import tricks
 from data import Problem, UserError, load_problems
+from guard import Clock, RunError, Signals, Stopped
 from rewards import Grader, load_reward
-from rundir import Clock, Log, checkpoints, load_checkpoint, rollout_metrics, save_checkpoint, save_model
+from rundir import Checkpoints, Log, Position, find_checkpoint, load_checkpoint, rollout_metrics, save_model
 from samplers import Sampling, build_model
 
 
@@ -63,12 +70,14 @@ class Config:
     # model and data
     preset: Literal["lite_ppo", "paper", "reinforce", "grpo", "dapo", "dr_grpo", "rloo"] = "lite_ppo"  # a bundle of flags
     model: str = "toy"  # folder or hub id of a Hugging Face causal language model; toy[:small|large][:base|aligned] = the embedded one
-    train_data: str = ""  # JSONL file, an object per line with at least "problem" and "answer"; toy[:easy|medium|hard] for the toy
-    eval_data: tuple[str, ...] = ()  # held-out sets: FILE or NAME=FILE, any number of them
+    train_data: str = ""  # JSONL or Parquet file, hub set OWNER/NAME[:CONFIG][@SPLIT], the paper's easy|medium|hard, or toy[:easy|medium|hard]
+    eval_data: tuple[str, ...] = ()  # held-out sets, any number: as above, math500 aime24 aime25 amc23 minerva olympiadbench gsm8k, or NAME=SET
     system_prompt: str = r"Please reason step by step, and put your final answer within \boxed{}."  # the paper's; "" = none
     reward: str = "math"  # math (last \boxed{}, checked by math-verify), exact (last \boxed{} or last line), or FILE.py:FUNCTION
     reward_timeout: float = 10.0  # seconds for one response; then its worker is killed and replaced, and the reward is 0
     reward_workers: int = 0  # worker processes per rank; 0 = CPU cores / ranks of this machine, at most 8
+    reward_memory_gib: float = 4.0  # memory of one worker beyond what it starts with; 0 = no limit
+    max_failed_rewards: float = 0.5  # a step in which a larger share of the responses gets no verdict ends the run
     reward_low: float = 0.0  # reward of a wrong response; {-1, 1} gives the same advantages unless both mean and std are off
     reward_high: float = 1.0  # reward of a correct response
     # rollout
@@ -101,26 +110,30 @@ class Config:
     warmup_steps: int = 50  # rollouts over which lr rises linearly from 0
     weight_decay: float = 0.0  # AdamW, decoupled
     max_grad_norm: float = 1.0  # the gradient norm over all ranks is clipped to this
+    max_skipped_steps: int = 3  # so many rollouts in a row with an optimizer step skipped for a non-finite gradient end the run
     # system
     seed: int = 42  # prompts, samples and shuffles are functions of (seed, step, prompt)
     sampler: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vllm where it runs, else transformers; the reason is printed
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of compute and sampler; auto: bfloat16 on GPUs, float32 on CPUs
     micro_batch_tokens: int = 16384  # tokens of one forward/backward per rank; changes memory and speed, never the gradient
     activation_checkpointing: bool = True  # recompute each block in the backward pass: less memory, about a third more time
+    shard_ranks: int = 0  # ranks that hold one copy of the model between them; 0 = all; 8 = one per machine of 8 (hybrid sharding)
     cpu_offload: bool = False  # parameters, gradients and optimizer state live in host memory
     max_num_seqs: int = 256  # sequences that the sampler decodes at once, per rank
     gpu_memory_utilization: float = 0.6  # share of the GPU's memory that vLLM takes while it samples
     tensor_parallel_size: int = 1  # ranks that share one vLLM engine; must divide the number of ranks
     max_logprob_gap: float = 0.0  # stop when sampler and trainer differ by more nats per token on average; 0 = 1e-3 (float32), 0.1 (bfloat16)
-    timeout_minutes: float = 30.0  # a collective that waits longer ends the run
+    timeout_minutes: float = 30.0  # a phase without progress for so long ends the run, naming rank and phase
     # evaluation and logs
     eval_every: int = 20  # steps; also before the first and after the last one; 0 = only those two
     eval_samples: int = 4  # responses per problem; accuracy is their mean
     eval_pass_k: int = 4  # k of pass@k, estimated without bias from eval_samples responses
     eval_size: int = 0  # only the first so many problems of each set; 0 = all
     eval_temperature: float = 1.0  # 0 = greedy
-    output_dir: str = ""  # default: runs/MODEL-PRESET-seedSEED-TIME; a folder with a checkpoint is resumed
-    save_every: int = 0  # steps between checkpoints; 0 = only the final model
+    output_dir: str = ""  # default: runs/MODEL-PRESET-seedSEED-TIME
+    resume: str = "auto"  # auto: from the newest checkpoint in --output-dir, if any; never; or the folder of a checkpoint
+    save_every: int = 0  # steps between checkpoints; 0 = the final model, and a checkpoint when SIGTERM or SIGINT ends the run
+    background_save: bool = True  # train on while a checkpoint is written; takes its size in host memory
     keep_checkpoints: int = 2  # older ones are deleted
     samples_per_step: int = 8  # responses per step written to samples.jsonl
 
@@ -143,9 +156,9 @@ TOY: dict[str, Any] = dict(
 
 AT_LEAST = {  # lowest legal value of each number
     1: "prompts_per_step max_prompt_tokens max_new_tokens steps minibatches micro_batch_tokens max_num_seqs eval_samples eval_pass_k dynamic_rounds "
-       "tensor_parallel_size keep_checkpoints group_size",
-    0: "top_k lr warmup_steps weight_decay kl_coef tis_cap clip_low clip_high advantage_eps eval_every eval_size save_every samples_per_step "
-       "reward_workers eval_temperature max_logprob_gap overlong_buffer",
+       "tensor_parallel_size keep_checkpoints group_size max_skipped_steps",
+    0: "seed top_k lr warmup_steps weight_decay kl_coef tis_cap clip_low clip_high advantage_eps eval_every eval_size save_every samples_per_step "
+       "reward_workers eval_temperature max_logprob_gap overlong_buffer shard_ranks reward_memory_gib max_failed_rewards dual_clip",
     1e-9: "temperature top_p max_grad_norm reward_timeout timeout_minutes gpu_memory_utilization",
 }  # fmt: skip
 
@@ -170,6 +183,9 @@ def check_config(cfg: Config, world: int) -> None:
         if not ok:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(cfg, flag)}: {remedy}")
 
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        need(not isinstance(value, (int, float)) or abs(value) <= 2**31, field.name, "must be a finite number, at most 2^31 in size")
     for bound, flags in AT_LEAST.items():
         for flag in flags.split():
             need(getattr(cfg, flag) >= bound, flag, "must be positive" if 0 < bound < 1 else f"must be at least {bound}")
@@ -183,7 +199,9 @@ def check_config(cfg: Config, world: int) -> None:
     need(cfg.prompts_per_step * cfg.group_size >= max(2, cfg.minibatches), "minibatches", "more of them than responses per step")
     need(cfg.eval_pass_k <= cfg.eval_samples, "eval_pass_k", f"needs at least as many --eval-samples (now {cfg.eval_samples})")
     need(world % cfg.tensor_parallel_size == 0, "tensor_parallel_size", f"must divide the number of ranks, {world}")
-    need(cfg.train_data != "", "train_data", "missing; give a JSONL file with a problem and an answer per line")
+    need(cfg.shard_ranks == 0 or world % cfg.shard_ranks == 0, "shard_ranks", f"must divide the number of ranks, {world}")
+    need(cfg.prompts_per_step * cfg.group_size <= 2**20, "prompts_per_step", f"times --group-size {cfg.group_size} is more than 2^20 responses per step")
+    need(cfg.train_data != "", "train_data", "missing; give a JSONL file with a problem and an answer per line, easy, medium, hard, or a hub set")
     load_reward(cfg.reward)
 
 
@@ -259,7 +277,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
         from torch.nn.attention.varlen import varlen_attn
 
         cu, longest = pack.cu_seqlens, pack.max_seqlen
-        return varlen_attn(query, key, value, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=True)[None], None
+        grouped = dict(enable_gqa=True) if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        if not grouped:  # torch 2.11
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        return varlen_attn(query, key, value, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), **grouped)[None], None
     shape = (len(pack.cu_seqlens) - 1, pack.max_seqlen)
 
     def padded(x):  # [T, H, D] -> [sequences, H, max_seqlen, D]
@@ -282,12 +303,17 @@ def build_policy(cfg: Config, path: str, device: torch.device, trainable: bool =
     from transformers import AttentionInterface
 
     AttentionInterface.register("packed", packed_attention)
+    # Hybrid sharding: a row of the mesh holds one copy of the model; gradients are averaged over rows and columns.
+    columns, world = cfg.shard_ranks or dist.get_world_size(), dist.get_world_size()
+    shape, names = ((world // columns, columns), ("replicate", "shard")) if columns < world else ((world,), ("shard",))
+    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
 
     def shard(model):
         if cfg.activation_checkpointing and trainable:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.response_logprobs = functools.partial(response_logprobs, model)
         options = dict(
+            mesh=mesh,
             mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype(cfg), reduce_dtype=torch.float32),
             offload_policy=CPUOffloadPolicy() if cfg.cpu_offload else OffloadPolicy(),
             reshard_after_forward=True,  # on the root too: else its parameters stay gathered after a forward without backward
@@ -320,6 +346,9 @@ def full_weights(model, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]
 # ---- 3. rollout ------------------------------------------------------------------------------------------------------
 
 
+NOT_FINITE = "its loss is not finite"
+
+
 @dataclass
 class Response:
     problem: Problem
@@ -349,14 +378,24 @@ def sample(sampler, grader, tokenizer, problems: list[Problem], seeds: list[int]
     engine, engines = dist.get_rank() // cfg.tensor_parallel_size, dist.get_world_size() // cfg.tensor_parallel_size
     mine = range(engine, len(problems), engines)
     with clock("rollout"):
-        samples = sampler.generate([problems[i].prompt_ids for i in mine], [seeds[i] for i in mine], sampling) if mine else []
+        work = lambda: sampler.generate([problems[i].prompt_ids for i in mine], [seeds[i] for i in mine], sampling)  # noqa: E731
+        samples = guard.interruptible(work, []) if mine else []
         if dist.get_rank() % cfg.tensor_parallel_size:
             samples = []  # the first rank of this engine speaks for it
     with clock("reward"):
         pairs = [(i, s, tokenizer.decode(s.token_ids.tolist(), skip_special_tokens=True)) for i, group in zip(mine, samples) for s in group]
-        verdicts = grader([text for _, _, text in pairs], [problems[i].row for i, _, _ in pairs])
+        verdicts = guard.interruptible(lambda: grader([text for _, _, text in pairs], [problems[i].row for i, _, _ in pairs]), [])
         graded = [(i, *s, text, *verdict) for (i, s, text), verdict in zip(pairs, verdicts)]
-        return [Response(problems[i], *rest) for i, *rest in sorted(gather(graded), key=lambda r: r[0])]
+        if any(gather([Signals.received])):  # on any rank: all leave here, together
+            raise Stopped
+        responses = [Response(problems[i], *rest) for i, *rest in sorted(gather(graded), key=lambda r: r[0])]
+    failures = [r.failure for r in responses if r.failure]
+    if len(failures) > cfg.max_failed_rewards * len(responses):
+        raise RunError(
+            f"{len(failures)} of {len(responses)} responses got no verdict, more than --max-failed-rewards {cfg.max_failed_rewards:g}; "
+            f"most often: {max(set(failures), key=failures.count)}"
+        )
+    return responses
 
 
 def rollout(sampler, grader, tokenizer, train_set: list[Problem], cursor: int, cfg: Config, clock) -> tuple[list[Response], int]:
@@ -444,6 +483,7 @@ def update(policy, reference, optimizer, responses: list[Response], advantages: 
 
     names = ("tokens", "entropy", "clip_low", "clip_high", "approx_kl", "reference_kl")
     sums, losses, norms = torch.zeros(len(names), device=device), torch.zeros((), device=device), []
+    broken = torch.zeros(len(responses) + 1, device=device)  # non-finite tokens of each response, and of the stand-ins
     lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))  # steps count from 1
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -464,7 +504,9 @@ def update(policy, reference, optimizer, responses: list[Response], advantages: 
                 token_loss = token_loss + cfg.kl_coef * kl
                 loss = (per_token(weights, pack) * token_loss).sum()
                 (loss * world).backward()  # FSDP averages gradients over the ranks; the objective is the sum over them
+                Clock.tick()
                 with torch.no_grad():
+                    broken.index_add_(0, pack.owner % len(broken), (~token_loss.isfinite()).float())
                     real = (pack.owner >= 0).float()
                     low, high = tricks.clip_masks(*ratio)
                     columns = (real, entropy, low, high, tricks.kl_estimate(pack.old_logprobs, logprobs), kl)
@@ -477,9 +519,11 @@ def update(policy, reference, optimizer, responses: list[Response], advantages: 
                 optimizer.step()
             optimizer.zero_grad()
 
-    total = torch.cat([sums, losses[None]])
+    total = torch.cat([sums, losses[None], broken[:-1]])
     dist.all_reduce(total)
-    (tokens, *means, loss), norms = total.tolist(), torch.stack(norms)
+    (tokens, *means, loss), norms = total[: len(names) + 1].tolist(), torch.stack(norms)
+    for i in total[len(names) + 1 :].nonzero()[:, 0].tolist():
+        responses[i].failure = responses[i].failure or NOT_FINITE
     return {f"policy/{name}": value / tokens for name, value in zip(names[1:], means)} | gap | {
         "policy/loss": loss / len(norms), "policy/grad_norm": float(norms.mean()), "policy/skipped": int((~norms.isfinite()).sum()), "policy/lr": lr,
     }  # fmt: skip
@@ -494,8 +538,8 @@ def check_gap(packs: list[Pack], step: int, cfg: Config) -> dict[str, float]:
     mean, largest = float(total[0] / total[1]), float(largest)
     bound = cfg.max_logprob_gap or (1e-3 if compute_dtype(cfg) == torch.float32 else 0.1)
     if not mean <= bound and cfg.top_p == 1 and cfg.top_k == 0:
-        raise RuntimeError(
-            f"step {step}: sampler and trainer differ by {mean:.2g} nats per token (at most {largest:.2g}), more than --max-logprob-gap {bound:g}: "
+        raise RunError(
+            f"sampler and trainer differ by {mean:.2g} nats per token (at most {largest:.2g}), more than --max-logprob-gap {bound:g}: "
             "the sampler does not hold the trainer's weights (stale or broken sync), or one of them computes wrongly"
         )
     return {"rollout/logprob_gap_mean": mean, "rollout/logprob_gap_max": largest}
@@ -504,8 +548,8 @@ def check_gap(packs: list[Pack], step: int, cfg: Config) -> dict[str, float]:
 # ---- 5. evaluation ---------------------------------------------------------------------------------------------------
 
 
-def evaluate(sampler, grader, tokenizer, sets: dict[str, list[Problem]], cfg: Config) -> dict[str, float]:
-    """Accuracy (mean over eval_samples responses) and pass@k per set. A response is correct if its score is at least 1.
+def evaluate(sampler, grader, tokenizer, sets: dict[str, list[Problem]], cfg: Config, say=lambda text: None) -> dict[str, float]:
+    """Accuracy (mean over eval_samples responses), its interval, and pass@k per set. A response is correct if its score is at least 1.
 
     The seeds are the same at every evaluation: differences come from the model.
     """
@@ -515,12 +559,18 @@ def evaluate(sampler, grader, tokenizer, sets: dict[str, list[Problem]], cfg: Co
         sampling = Sampling(cfg.eval_samples, cfg.max_new_tokens, cfg.eval_temperature)
         responses = sample(sampler, grader, tokenizer, problems, seeds, sampling, cfg, Clock())
         correct = torch.tensor([r.score >= 1 for r in responses]).view(len(problems), -1).sum(1)
-        metrics |= {
-            f"eval/{name}/accuracy": float(correct.sum()) / len(responses),
-            f"eval/{name}/pass_at_k": float(tricks.pass_at_k(torch.full_like(correct, cfg.eval_samples), correct, cfg.eval_pass_k).mean()),
-            f"eval/{name}/length_mean": float(np.mean([len(r.token_ids) for r in responses])),
-            f"eval/{name}/truncated": float(np.mean([r.truncated for r in responses])),
+        low, high = tricks.bootstrap_interval(correct / cfg.eval_samples)
+        found = {
+            "accuracy": float(correct.sum()) / len(responses),
+            "accuracy_low": float(low),
+            "accuracy_high": float(high),
+            "pass_at_k": float(tricks.pass_at_k(torch.full_like(correct, cfg.eval_samples), correct, cfg.eval_pass_k).mean()),
+            "length_mean": float(np.mean([len(r.token_ids) for r in responses])),
+            "truncated": float(np.mean([r.truncated for r in responses])),
         }
+        metrics |= {f"eval/{name}/{key}": value for key, value in found.items()}
+        say(f"step {Clock.step:4d}  {name}: accuracy {found['accuracy']:.3f} [{low:.3f}, {high:.3f}]  "
+            f"pass@{cfg.eval_pass_k} {found['pass_at_k']:.3f}  length {found['length_mean']:.0f}")  # fmt: skip
     return metrics
 
 
@@ -531,22 +581,25 @@ def compute_device() -> torch.device:
     return torch.device("cuda", env("LOCAL_RANK", 0)) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def load_sets(tokenizer, cfg: Config) -> tuple[list[Problem], int, dict[str, list[Problem]]]:
-    """Training problems, how many were left out as too long, and the evaluation sets by name."""
+def load_sets(tokenizer, cfg: Config) -> tuple[list[Problem], dict[str, list[Problem]], str]:
+    """Training problems, the evaluation sets by name, and what was left out of the former, in words."""
+    counts: Counter[str] = Counter()
     load = functools.partial(load_problems, tokenizer=tokenizer, system_prompt=cfg.system_prompt, max_prompt_tokens=cfg.max_prompt_tokens)
     try:
-        train_set, skipped = load(toy.resolve_data(cfg.train_data))
+        train_set, counts["too long"] = load(toy.resolve_data(cfg.train_data), counts=counts)
         sets = {}
         for item in cfg.eval_data:
             label, _, name = item.rpartition("=")
             path = toy.resolve_data(name, split="test")
-            label = label or ("toy" if is_toy(name) else Path(path).stem)
-            sets[label], too_long = load(path, limit=cfg.eval_size or None)
+            label = label or ("toy" if is_toy(name) else re.sub("[:@].*", "", Path(path).stem))
+            if label in sets:
+                raise UserError(f"--eval-data {item}: there are two sets called {label}; name them: NAME={name}")
+            sets[label], too_long = load(path, limit=cfg.eval_size or None, split="test")
             if too_long:
                 raise UserError(f"--max-prompt-tokens {cfg.max_prompt_tokens}: {too_long} problems of {path} are longer, and accuracy is over all of them")
     except ValueError as error:
         raise UserError(f"--train-data or --eval-data: {error}") from None
-    return train_set, skipped, sets
+    return train_set, sets, ", ".join(f"{n} {reason}" for reason, n in counts.items() if n) or "none"
 
 
 def output_dir(cfg: Config) -> Path:
@@ -554,6 +607,8 @@ def output_dir(cfg: Config) -> Path:
     folder = Path(gather([cfg.output_dir or label])[0])  # rank 0's clock
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if dist.get_rank() == 0:
+            (folder / "partial.jsonl").write_text("")  # can it be written to?
     except OSError as error:
         raise UserError(f"--output-dir {folder}: {error}") from None
     return folder
@@ -566,9 +621,11 @@ def train(cfg: Config) -> dict[str, float]:
     kind, reason = samplers.choose_sampler(cfg.sampler)
     path = samplers.resolve_model(cfg.model)
     tokenizer, eos_ids = samplers.load_tokenizer(path, cfg.max_prompt_tokens + cfg.max_new_tokens)
-    train_set, skipped, sets = load_sets(tokenizer, cfg)
+    train_set, sets, left_out = load_sets(tokenizer, cfg)
+    data_id = f"{len(train_set)} problems, {seed_for([(p.prompt_ids, p.row['answer']) for p in train_set]):012x}"
     folder = output_dir(cfg)
-    say(f"model {cfg.model}, {len(train_set)} training problems ({skipped} left out as too long), {world} rank(s), {device.type}, {compute_dtype(cfg)}")
+    checkpoint = find_checkpoint(folder, cfg, data_id)
+    say(f"model {cfg.model}, {len(train_set)} training problems (left out: {left_out}), {world} rank(s), {device.type}, {compute_dtype(cfg)}")
     say(f"sampler {kind}: {reason}")
     if cfg.top_p < 1 or cfg.top_k:
         say("warning: top-p and top-k sample from another distribution than the trained one; ratios and log-prob gaps are off by the mass cut away")
@@ -581,74 +638,122 @@ def train(cfg: Config) -> dict[str, float]:
     policy = build_policy(cfg, path, device)
     reference = build_policy(cfg, path, device, trainable=False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    start, cursor = load_checkpoint(checkpoints(folder)[-1], policy, optimizer) if checkpoints(folder) else (0, 0)
-    log = Log(folder, cfg, start) if rank == 0 else None
+    # A new run begins with the evaluation and the log line of step 0; a resumed one where its checkpoint stands.
+    position = load_checkpoint(checkpoint, policy, optimizer) if checkpoint else Position(pending={})
+    if position.step > cfg.steps:
+        raise UserError(f"--steps {cfg.steps}: {checkpoint} has {position.step} steps behind it")
+    if checkpoint:
+        say(f"resumed from {checkpoint}, {position.step} of {cfg.steps} steps done")
+    saver = Checkpoints(folder, cfg, data_id, say)
+    log = Log(folder, cfg, position.step) if rank == 0 else None
+    bad_steps, metrics = 0, {}
 
     def sync(clock: Clock) -> None:
         with clock("sync"):
             sampler.load_weights(full_weights(policy, compute_dtype(cfg)))
 
-    def run_evaluation(step: int) -> dict[str, float]:
-        metrics = evaluate(sampler, grader, tokenizer, sets, cfg)
-        for name in sets:
-            say(f"step {step:4d}  {name}: " + "  ".join(f"{key} {metrics[f'eval/{name}/{key}']:.3f}" for key in ("accuracy", "pass_at_k", "length_mean")))
-        return metrics
-
     sync(Clock())
-    first = metrics = run_evaluation(start)
-    if rank == 0 and start == 0:
-        log.metrics(0, first)
-    bar = tqdm(range(start + 1, cfg.steps + 1), initial=start, total=cfg.steps, disable=rank > 0, unit="step", dynamic_ncols=True)
-    for step in bar:
-        clock, last = Clock(), step == cfg.steps
-        with clock("step"):
-            responses, cursor = rollout(sampler, grader, tokenizer, train_set, cursor, cfg, clock)
-            sampler.sleep()
-            rewards = shape_rewards(responses, cfg)
-            advantages = compute_advantages(rewards, cfg)  # trick 1
-            stats = update(policy, reference, optimizer, responses, advantages.flatten(), step, cfg, clock)  # trick 2
-            sync(clock)
-        scores = run_evaluation(step) if last or (cfg.eval_every and step % cfg.eval_every == 0) else {}
-        metrics = rollout_metrics(responses, rewards, clock, policy.config, world) | stats | scores
-        if rank == 0:
-            log.metrics(step, metrics)
-            log.samples(step, responses, rewards, advantages, cfg.samples_per_step)
-            if scores:
-                log.curves()
-            bar.set_postfix({name: f"{metrics[key]:.3g}" for name, key in (("reward", "reward/mean"), ("length", "response/length_mean"),
-                            ("entropy", "policy/entropy"), ("tok/s", "perf/rollout_tokens_per_s"))})  # fmt: skip
-        if cfg.save_every and step % cfg.save_every == 0:
-            save_checkpoint(folder, step, cursor, policy, optimizer, cfg)
-    save_model(policy, tokenizer, path, folder / "final")
-    for name, problems in sets.items():
-        before, after = (m[f"eval/{name}/accuracy"] for m in (first, metrics))
-        say(f"{name}: accuracy {before:.3f} -> {after:.3f} ({len(problems)} problems x {cfg.eval_samples} samples, temperature {cfg.eval_temperature:g})")
-    say(f"{time.time() - began:.0f} s; final model, metrics.jsonl, samples.jsonl, curves.png and TensorBoard events are in {folder}")
-    grader.close()
-    sampler.close()
+    bar = tqdm(initial=position.step, total=cfg.steps, disable=rank > 0, unit="step", dynamic_ncols=True)
+    try:
+        for step in range(position.step + (position.pending is None), cfg.steps + 1):
+            clock, Clock.step = Clock(), step
+            if position.pending is None:
+                with clock("step"):
+                    responses, cursor = rollout(sampler, grader, tokenizer, train_set, position.cursor, cfg, clock)
+                    sampler.sleep()
+                    rewards = shape_rewards(responses, cfg)
+                    advantages = compute_advantages(rewards, cfg)  # trick 1
+                    stats = update(policy, reference, optimizer, responses, advantages.flatten(), step, cfg, clock)  # trick 2
+                    sync(clock)
+                position = Position(step, cursor, rollout_metrics(responses, rewards, clock, policy.config, world) | stats)
+                if rank == 0:
+                    log.samples(step, responses, rewards, advantages, cfg.samples_per_step)
+                bad_steps = bad_steps + 1 if stats["policy/skipped"] else 0
+                if bad_steps:
+                    say(f"warning: step {step}: {stats['policy/skipped']} optimizer step(s) skipped, the gradient is not finite; " + blame(responses, folder))
+                if bad_steps >= cfg.max_skipped_steps:
+                    raise RunError(f"no finite gradient in {bad_steps} rollouts in a row (--max-skipped-steps); " + blame(responses, folder))
+                bar.update()
+            saver.finish()
+            metrics = dict(position.pending)
+            if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
+                metrics |= evaluate(sampler, grader, tokenizer, sets, cfg, say)
+            position.pending = None
+            if rank == 0:
+                for warning in log.metrics(step, metrics):
+                    say(f"warning: step {step}: {warning}")
+                if step % 20 == 0 or step == cfg.steps:
+                    log.curves()
+                bar.set_postfix({name: f"{metrics.get(key, 0):.3g}" for name, key in (("reward", "reward/mean"), ("length", "response/length_mean"),
+                                ("entropy", "policy/entropy"), ("tok/s", "perf/rollout_tokens_per_s"))})  # fmt: skip
+            if cfg.save_every and step and (step % cfg.save_every == 0 or step == cfg.steps):
+                saver.save(position, policy, optimizer)
+        saver.finish(last=True)
+        save_model(policy, tokenizer, path, folder / "final")
+        for name, problems in sets.items() if rank == 0 else ():
+            before, after = (row.get(f"eval/{name}/accuracy", math.nan) for row in (log.rows[0], log.rows[-1]))
+            say(f"{name}: accuracy {before:.3f} -> {after:.3f} ({len(problems)} problems x {cfg.eval_samples} samples, temperature {cfg.eval_temperature:g})")
+        say(f"{time.time() - began:.0f} s; final model, metrics.jsonl, samples.jsonl, curves.png and TensorBoard events are in {folder}")
+    except Stopped:  # nothing of the step in progress has touched the weights
+        saver.finish()
+        if position.step and (position.pending is not None or not (folder / f"checkpoint-{position.step}").exists()):
+            saver.save(position, policy, optimizer)
+            saver.finish(last=True)
+        say(f"ended by a signal after step {position.step}; the same command with --output-dir {folder} goes on from there")
+        raise
+    finally:
+        bar.close()
+        grader.close()
+        sampler.close()
     return metrics
 
 
+def blame(responses: list[Response], folder: Path) -> str:
+    broken = [i for i, r in enumerate(responses) if r.failure == NOT_FINITE]
+    return f"responses {broken[:10]} of the step, in {folder}/samples.jsonl" if broken else "every loss is finite, so the backward pass has overflowed"
+
+
+def connect(cfg: Config) -> None:
+    """torch.distributed and the watchdog; a process without a launcher is one rank."""
+    for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1").items():
+        os.environ.setdefault(name, value)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(compute_device())
+    limit, store, rank, world = timedelta(minutes=cfg.timeout_minutes + 2), dist.HashStore(), 0, 1  # the watchdog speaks first
+    if "MASTER_ADDR" in os.environ:
+        try:
+            store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+        except dist.DistNetworkError as error:
+            raise UserError(f"MASTER_PORT {os.environ.get('MASTER_PORT')}: {error}; is another run using it? torchrun --master-port takes another") from None
+    # gloo beside nccl: objects, checkpoints and offloaded gradients travel through host memory.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=world, timeout=limit)
+    guard.watch(cfg.timeout_minutes, rank, world, store.clone() if world > 1 else None)
+
+
 def main() -> int:
+    """Exit code: 0 done, 1 failed, 2 a mistake of the caller's, 128 + signal stopped."""
     try:
         cfg = parse_config()
-        for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1").items():
-            os.environ.setdefault(name, value)  # plain `python`: one rank
-        if torch.cuda.is_available():
-            torch.cuda.set_device(compute_device())
-        alone = {} if "MASTER_ADDR" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        # gloo beside nccl: objects and offloaded gradients travel through host memory.
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=cfg.timeout_minutes), **alone)
+        guard.install_signals()
+        connect(cfg)
         train(cfg)
+        code, message = 0, ""
+    except Stopped:
+        code, message = 128 + (Signals.received or signal.SIGTERM), ""
     except UserError as error:
-        if env("RANK", 0) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+        code, message = 2, str(error)
+    except RunError as error:
+        code, message = 1, f"{Clock.where()}: {error}"
+    except Exception as error:
+        code, message = 1, ""
+        print(guard.describe(error, env("RANK", 0)), file=sys.stderr, flush=True)
+    if message and env("LOCAL_RANK", 0) == 0:  # every rank finds the same
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    if code and env("WORLD_SIZE", 1) > 1:
+        os._exit(code)  # other ranks may be waiting in a collective: do not wait for them; the launcher ends them
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What a run says of itself and leaves on disk: phases with seconds and memory, metrics, logs, checkpoints, the final model."""
+"""What a run leaves on disk: metrics, samples, curves, checkpoints, the final model."""
 
-import contextlib
 import dataclasses
+import html
 import json
-import resource
+import math
+import os
 import shutil
-import time
-from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,24 +16,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 
 import tricks
-
-
-# ---- phases ----------------------------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Adds up the seconds of named phases: `with clock("rollout"): ...`"""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str):
-        start = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds[phase] += time.perf_counter() - start
+from data import UserError
+from guard import Clock, RunError
 
 
 # ---- metrics and logs ------------------------------------------------------------------------------------------------
@@ -45,7 +29,7 @@ def rollout_metrics(responses: list, rewards: torch.Tensor, clock: Clock, config
     lengths = [len(r.token_ids) for r in responses]
     cut = [r for r in responses if r.truncated]
     sizes = [len(r.problem.prompt_ids) + n for r, n in zip(responses, lengths)]
-    cuda, seconds = torch.cuda.is_available(), clock.seconds
+    seconds = clock.seconds
     metrics = {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
@@ -58,22 +42,29 @@ def rollout_metrics(responses: list, rewards: torch.Tensor, clock: Clock, config
         "response/looping": sum(bool(tricks.is_looping(torch.from_numpy(r.token_ids))) for r in cut) / max(1, len(cut)),  # of the truncated ones
         "perf/rollout_tokens_per_s": sum(lengths) / seconds["rollout"],
         "perf/train_tokens_per_s": sum(sizes) / (seconds["logprobs"] + seconds["update"]),
-        "perf/peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-    } | {f"time/{phase}": seconds[phase] for phase in ("rollout", "reward", "logprobs", "update", "sync", "step")}
-    for peak in [flops for name, flops in PEAK_FLOPS.items() if cuda and name in torch.cuda.get_device_name()]:
-        metrics["perf/mfu"] = sum(train_flops(config, n) for n in sizes) / (seconds["update"] * peak * world)
+        "perf/peak_memory_gib": max(clock.memory.values()),
+    }
+    metrics |= {f"time/{phase}": seconds[phase] for phase in ("rollout", "reward", "logprobs", "update", "sync", "step")}
+    metrics |= {f"memory/{phase}_gib": clock.memory[phase] for phase in ("rollout", "logprobs", "update", "sync")}
+    for peak in [flops for name, flops in PEAK_FLOPS.items() if torch.cuda.is_available() and name in torch.cuda.get_device_name()]:
+        metrics["perf/mfu"] = sum(train_flops(config, n, m) for n, m in zip(sizes, lengths)) / (seconds["update"] * peak * world)
     return metrics
 
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bfloat16, from the data sheets
 
 
-def train_flops(config, length: int) -> float:
-    """Operations of a forward and backward over one sequence: 6 per weight and token, and causal attention (Qwen, Llama)."""
-    width = config.num_attention_heads * config.head_dim
-    attention = 2 * config.hidden_size * (width + config.num_key_value_heads * config.head_dim)
-    weights = config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size) + config.vocab_size * config.hidden_size
-    return 6 * weights * length + 6 * config.num_hidden_layers * width * length**2
+def train_flops(config, length: int, predicted: int) -> float:
+    """Operations of a forward and backward over a sequence of which so many tokens are predicted (Qwen, Llama; dense).
+
+    6 per token and weight of the blocks, 6 per predicted token and weight of the head, and causal attention: 2 products
+    of length^2 / 2 * width multiplications each, 2 operations each, three times (forward, and twice that backward).
+    Recomputation (activation checkpointing) is not counted.
+    """
+    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    block = 2 * hidden * head_dim * (heads + config.num_key_value_heads) + 3 * hidden * config.intermediate_size
+    return 6 * (layers * block * length + config.vocab_size * hidden * predicted) + 6 * layers * heads * head_dim * length**2
 
 
 class Log:
@@ -82,30 +73,45 @@ class Log:
     def __init__(self, folder: Path, cfg, start: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder, self.tensorboard = folder, SummaryWriter(str(folder), purge_step=start)
+        self.folder, self.tensorboard = folder, SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+        self.rows, self.warned = [], set()
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
         for name in ("metrics.jsonl", "samples.jsonl"):  # a resumed run repeats what came after its checkpoint
-            lines = (folder / name).read_text().splitlines(keepends=True) if (folder / name).exists() else []
-            (folder / name).write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
+            rows = [row for row in read_jsonl(folder / name) if row["step"] <= start]
+            (folder / "partial.jsonl").write_text("".join(map(to_line, rows)), encoding="utf-8")
+            os.replace(folder / "partial.jsonl", folder / name)
+            if name == "metrics.jsonl":
+                self.rows = rows
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
+    def metrics(self, step: int, values: dict[str, float]) -> list[str]:
+        """Write them down. Returns warnings in words, each of them once a run."""
+        self.rows.append({"step": step} | values)
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(to_line(self.rows[-1]))
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
+        news = [text for text in warnings(self.rows) if text.split(":")[0] not in self.warned]
+        self.warned |= {text.split(":")[0] for text in news}
+        return news
 
     def samples(self, step: int, responses: list, rewards: torch.Tensor, advantages: torch.Tensor, count: int) -> None:
+        """Some responses of the step, evenly spread, and those whose reward function failed."""
+        failed = [i for i, r in enumerate(responses) if r.failure][:20]
+        chosen = sorted({*np.linspace(0, len(responses) - 1, min(count, len(responses)), dtype=int).tolist(), *failed})
+        rows = [
+            dict(step=step, prompt=r.problem.row["problem"], response=r.text, reward=float(rewards.flatten()[i]), gold=r.problem.row["answer"],
+                 advantage=float(advantages.flatten()[i]), truncated=r.truncated, length=len(r.token_ids), failure=r.failure)
+            for i, r in ((i, responses[i]) for i in chosen)
+        ]  # fmt: skip
         with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
-            for i in np.linspace(0, len(responses) - 1, min(count, len(responses)), dtype=int).tolist():
-                r = responses[i]
-                row = dict(step=step, prompt=r.problem.row["problem"], response=r.text, reward=float(rewards.flatten()[i]), gold=r.problem.row["answer"],
-                           advantage=float(advantages.flatten()[i]), truncated=r.truncated, length=len(r.token_ids), failure=r.failure)  # fmt: skip
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.writelines(map(to_line, rows))
+        for row in rows[:1]:  # TensorBoard renders Markdown and HTML: a model's text must be neither
+            self.tensorboard.add_text("sample", f"<pre>{html.escape(row['prompt'] + chr(10) * 2 + row['response'])}</pre>", step)
 
     def curves(self) -> None:
         from matplotlib.figure import Figure
 
-        rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        rows = self.rows
         accuracies = sorted({key for row in rows for key in row if key.endswith("/accuracy")})
         panels = {"held-out accuracy": accuracies, "reward": ["reward/mean"], "response length (tokens)": ["response/length_mean"],
                   "entropy (nats per token)": ["policy/entropy"], "clipped tokens (share)": ["policy/clip_low", "policy/clip_high"],
@@ -113,7 +119,7 @@ class Log:
         figure = Figure(figsize=(12, 6), layout="constrained")
         for axes, (title, keys) in zip(figure.subplots(2, 3).flat, panels.items()):
             for key in keys:
-                points = [(row["step"], row[key]) for row in rows if key in row]
+                points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
                 axes.plot([x for x, _ in points], [y for _, y in points], marker="o" if key in accuracies else None, label=key)
             axes.set(title=title, xlabel="step")
             if len(keys) > 1:
@@ -121,45 +127,194 @@ class Log:
         figure.savefig(self.folder / "curves.png", dpi=110)
 
 
+def to_line(row: dict) -> str:
+    """A line of JSON, which knows no NaN and no infinity: null."""
+    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+    return json.dumps(finite, ensure_ascii=False) + "\n"
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The rows of a log; a line that was cut off when its run was killed is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
+
+
+def warnings(rows: list[dict[str, float]]) -> list[str]:
+    """What the metrics of a run say about its health. Each text begins with its name and a colon."""
+    now, steps = rows[-1], [row for row in rows if row.get("policy/entropy") is not None]
+    if not steps or now is not steps[-1]:
+        return []
+    first, recent = steps[0], steps[-5:]
+    every = lambda key, law: len(recent) == 5 and all(law(row[key]) for row in recent)  # noqa: E731  of the last five steps
+    found = {
+        "entropy collapse": (every("policy/entropy", lambda x: x < 0.01 and x < 0.1 * first["policy/entropy"]),
+                             "below 0.01 nats per token and a tenth of the first step's: samples hardly differ. On a hard task: a lower --lr, or --clip-high"),
+        "entropy explosion": (every("policy/entropy", lambda x: x > 3 * first["policy/entropy"] + 0.5),
+                              "three times the first step's: the policy is losing its way. A lower --lr or --clip-high, or --kl-coef"),
+        "short responses": (every("response/length_mean", lambda x: x < 0.1 * first["response/length_mean"]),
+                            "a tenth of the first step's length: look at samples.jsonl; the reward may be had without reasoning"),
+        "truncated responses": (every("response/truncated", lambda x: x > 0.5), "more than half hit --max-new-tokens: raise it, or see --overlong-filter"),
+        "nothing to learn": (len(recent) == 5 and all(row["reward/std"] == 0 for row in recent),
+                             "all rewards of the step are equal, so every advantage is 0: other --train-data, or look at samples.jsonl for the reason"),
+        "failing rewards": (now["reward/failed"] > 0.05, f"{now['reward/failed']:.0%} of the responses got no verdict: reasons in samples.jsonl"),
+    }  # fmt: skip
+    return [f"{name}: {text}" for name, (true, text) in found.items() if true]
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+# What may change when a run goes on: how it is computed, watched and saved, but not what is learned.
+MAY_CHANGE = set("""steps train_data eval_data eval_every eval_samples eval_pass_k eval_size eval_temperature output_dir resume save_every keep_checkpoints
+    background_save samples_per_step reward_timeout reward_workers reward_memory_gib max_failed_rewards micro_batch_tokens activation_checkpointing cpu_offload
+    shard_ranks max_num_seqs gpu_memory_utilization tensor_parallel_size max_logprob_gap max_skipped_steps timeout_minutes""".split())
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run stands; with weights and optimizer state all that its next step depends on."""
+
+    step: int = 0  # steps done
+    cursor: int = 0  # place in the stream of prompts
+    pending: dict[str, float] | None = None  # metrics of a step whose evaluation and log line are still to come
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    """Whole checkpoints, oldest first."""
+    return sorted(folder.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
 
 
-def save_checkpoint(folder: Path, step: int, cursor: int, policy, optimizer, cfg) -> None:
-    """Sharded weights, optimizer state and position. A rename makes it visible, so that none is ever seen half-written."""
-    partial, (model, optim) = folder / f"partial-{step}", get_state_dict(policy, optimizer)
-    dcp.save({"model": model, "optimizer": optim}, checkpoint_id=partial)
-    if dist.get_rank() == 0:
-        (partial / "state.json").write_text(json.dumps({"step": step, "cursor": cursor}))
-        partial.rename(folder / f"checkpoint-{step}")
-        for old in checkpoints(folder)[: -cfg.keep_checkpoints]:
+def find_checkpoint(folder: Path, cfg, data_id: str) -> Path | None:
+    """The checkpoint that this run goes on from, if any; its settings must be this run's, unless --resume names it."""
+    found = checkpoints(folder)
+    if cfg.resume == "never":
+        if found:
+            raise UserError(f"--resume never: --output-dir {folder} holds {found[-1].name}; give another folder")
+        return None
+    path = found[-1] if found else None
+    if cfg.resume != "auto":
+        path = Path(cfg.resume)
+        if not (path / "state.json").is_file():
+            raise UserError(f"--resume {cfg.resume}: neither auto nor never nor a checkpoint folder (it would hold state.json)")
+        if found and found[-1].resolve() != path.resolve():
+            raise UserError(f"--resume {cfg.resume}: --output-dir {folder} holds {found[-1].name}, another one; give another folder")
+        return path
+    if path:
+        saved, current = json.loads((path / "state.json").read_text()), dataclasses.asdict(cfg)
+        old = saved["config"] | {"training problems": saved["data_id"]}
+        new = json.loads(json.dumps(current | {"training problems": data_id}))
+        changed = [f"{key}: {old.get(key)} -> {value}" for key, value in new.items() if key not in MAY_CHANGE and old.get(key) != value]
+        if changed:
+            raise UserError(f"--output-dir {folder}: {path.name} was made with other settings ({'; '.join(changed)}); "
+                            f"take those, another folder, or --resume {path} with another folder to go on from it with the new ones")  # fmt: skip
+    return path
+
+
+class Checkpoints:
+    """Writes sharded checkpoints (safetensors, no pickle), in the background if asked, and shows each only when it is whole."""
+
+    def __init__(self, folder: Path, cfg, data_id: str, say):
+        self.folder, self.cfg, self.data_id, self.say = folder, cfg, data_id, say
+        self.group = dist.new_group(backend="gloo")  # the background thread must not mix its messages with the step's
+        self.writing: Position | None = None
+        self.future, self.error, self.failures = None, None, 0
+        for path in folder.glob("partial*") if dist.get_rank() == 0 else ():  # of a run that was killed
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        dist.barrier()
+
+    def save(self, position: Position, policy, optimizer) -> None:
+        """Copy the state and start to write it; without --background-save, return when it is written."""
+        self.finish()
+        self.writing, self.error = dataclasses.replace(position), None
+        storage = dcp.HuggingFaceStorageWriter(str(self.folder / f"partial-{position.step}"), save_distributed=True)
+        options = dict(storage_writer=storage, process_group=self.group)
+        try:
+            if self.cfg.background_save:
+                self.future = dcp.async_save(flat_state(policy, optimizer)[0], **options)
+            else:
+                dcp.save(flat_state(policy, optimizer)[0], **options)
+        except Exception as error:  # a full disk, a lost mount; finish() tells
+            self.error = error
+        if not self.cfg.background_save:
+            self.finish()
+
+    def finish(self, last: bool = False) -> None:
+        """Wait for the checkpoint that is being written, if any, and show it; every rank must call this.
+
+        One that cannot be written leaves the older ones alone and is told. The next one may succeed; if that fails too, or
+        none will follow (`last`), the run ends.
+        """
+        if not self.writing:
+            return
+        position, future = self.writing, self.future
+        self.writing = self.future = None
+        try:
+            if self.error:
+                raise self.error
+            if future:
+                future.result()
+            if dist.get_rank() == 0:
+                self._show(position)
+        except Exception as error:
+            self.error = error
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, self.error and f"{type(self.error).__name__}: {self.error}"[:500])
+        self.failures = self.failures + 1 if any(errors) else 0
+        if any(errors):
+            if dist.get_rank() == 0:
+                shutil.rmtree(self.folder / f"partial-{position.step}", ignore_errors=True)
+            newest = [path.name for path in checkpoints(self.folder)][-1:] or ["none"]
+            text = f"checkpoint-{position.step} could not be written to {self.folder} ({next(filter(None, errors))}); the newest whole one: {newest[0]}"
+            if last or self.failures > 1:
+                raise RunError(f"{text}. Make room or give write permission there, then run the same command again")
+            self.say(f"warning: {text}. The run goes on, and tries again at the next --save-every")
+
+    def _show(self, position: Position) -> None:
+        """The rename makes it visible: none is ever seen half-written."""
+        partial = self.folder / f"partial-{position.step}"
+        state = dataclasses.asdict(position) | {"config": dataclasses.asdict(self.cfg), "data_id": self.data_id}
+        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        partial.rename(self.folder / f"checkpoint-{position.step}")
+        for old in checkpoints(self.folder)[: -self.cfg.keep_checkpoints]:
             shutil.rmtree(old)
-    dist.barrier()
 
 
-def load_checkpoint(path: Path, policy, optimizer) -> tuple[int, int]:
-    """Restore in place. Returns the steps done and the position in the stream of prompts."""
+def flat_state(policy, optimizer) -> tuple[dict[str, torch.Tensor], Any, Any]:
+    """Weights and optimizer state as one flat dict of this rank's tensors (shared, not copied), and the two it comes from."""
     model, optim = get_state_dict(policy, optimizer)
-    dcp.load({"model": model, "optimizer": optim}, checkpoint_id=path)
+    flat = {f"model.{name}": tensor for name, tensor in model.items()}
+    return flat | {f"optimizer.{name}.{key}": tensor for name, state in optim["state"].items() for key, tensor in state.items()}, model, optim
+
+
+def load_checkpoint(path: Path, policy, optimizer) -> Position:
+    """Restore in place, on any number of ranks. Returns where the run stood."""
+    try:
+        saved = json.loads((path / "state.json").read_text())
+        flat, model, optim = flat_state(policy, optimizer)
+        dcp.load(flat, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+    except Exception as error:
+        raise UserError(f"{path}: does not load ({type(error).__name__}: {str(error)[:300]}); move it away to go on from the one before") from error
     set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
-    position = json.loads((path / "state.json").read_text())
-    return position["step"], position["cursor"]
+    return Position(saved["step"], saved["cursor"], saved["pending"])
 
 
 def save_model(policy, tokenizer, source: str, folder: Path) -> None:
-    """An ordinary Hugging Face model folder, in the precision that the model came in."""
+    """An ordinary Hugging Face model folder, in the precision that the model came in; visible when it is whole."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
-        dtype = policy.config.dtype or torch.float32
+        dtype, partial = policy.config.dtype or torch.float32, folder.with_name(f"partial-{folder.name}")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(policy.config, dtype=dtype)
         if (Path(source) / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(source)
-        model.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
-        tokenizer.save_pretrained(folder)
+        model.save_pretrained(partial, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
     dist.barrier()

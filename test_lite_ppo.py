@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings, strategies as st
 
-import data, lite_ppo, rewards, samplers, toy  # noqa: E401  before transformers: puts broken companions of torch out of the way
+import data, guard, lite_ppo, rewards, rundir, samplers, toy  # noqa: E401  before transformers: puts broken companions of torch out of the way
 from lite_ppo import Clock, Config, Problem, Response, build_policy, full_weights, make_pack
 from samplers import Sample, Sampling
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
@@ -294,7 +294,7 @@ GOLDS = ["42", "-7", "0.25", r"\frac{3}{4}", r"\left( 3, \frac{\pi}{2} \right)",
 def test_gold_answers_are_graded_right():
     grader = rewards.Grader("math", 10.0, 2)
     for file in [None, *(HERE.parent / "shared" / "data").glob("*.jsonl")]:  # real data sets, where there are any
-        golds = [row["answer"] for row in data.load_rows(file)] if file else GOLDS
+        golds = [row["answer"] for row in data.load_rows(str(file))] if file else GOLDS
         assert all(rewards.math_reward(f"\\boxed{{{gold}}}", {"answer": gold}) == 1 for gold in golds)
         few = golds[:: max(1, len(golds) // 100)]
         right = [score for score, _ in grader([f"\\boxed{{{gold}}}" for gold in few], [{"answer": gold + " "} for gold in few])]  # another string: math-verify
@@ -346,7 +346,8 @@ def test_presets_are_the_published_settings_and_flags_win(root, monkeypatch):
 def test_a_mistake_is_named_in_one_message(mistake, named, root, monkeypatch, capfd):
     flag, value = mistake.replace("ROOT", str(root)).split(" ")
     monkeypatch.setattr(sys, "argv", ["lite_ppo.py", *command_line(root, **{"--output-dir": f"{root}/mistakes", flag: value})])
-    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: None)  # it is initialised, and stays so
+    monkeypatch.setattr(lite_ppo, "connect", lambda cfg: None)  # it is, and stays so
+    monkeypatch.setattr(guard, "install_signals", lambda: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     with pytest.raises(SystemExit) as end:
         sys.exit(lite_ppo.main())
@@ -407,7 +408,7 @@ def test_two_ranks_pass_the_same_tests_and_train_as_one(helpers, root):
     helpers("two_ranks")
     if not (root / "lite_ppo-1-transformers").exists():
         test_every_preset_runs("lite_ppo", root)
-    for file, without in {"metrics.jsonl": ("time/", "perf/"), "samples.jsonl": ("prompt", "response", "gold", "failure")}.items():
+    for file, without in {"metrics.jsonl": ("time/", "perf/", "memory/"), "samples.jsonl": ("prompt", "response", "gold", "failure")}.items():
         one, two = (read(root / f"lite_ppo-{ranks}-transformers" / file, *without) for ranks in (1, 2))
         assert len(one) == len(two) and all(b == pytest.approx(a, rel=1e-3, abs=1e-5) for a, b in zip(one, two))
 
@@ -428,9 +429,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_the_final_folder_the_trainer
     model, again = load_model(whole / "final"), load_model(resumed / "final").state_dict()
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items()) and samplers.load_tokenizer(whole / "final", 40)[1] == EOS
     for file in ("metrics.jsonl", "samples.jsonl"):
-        assert read(whole / file, "time/", "perf/") == read(resumed / file, "time/", "perf/")  # each step once, with the same numbers
+        assert read(whole / file, "time/", "perf/", "memory/") == read(resumed / file, "time/", "perf/", "memory/")  # each step once, with the same numbers
     (cfg, responses, _), policy = the_case("token", root), build_policy(config(root), f"{root}/tied", CPU)
-    assert lite_ppo.load_checkpoint(whole / "checkpoint-4", policy, torch.optim.AdamW(policy.parameters())) == (4, 16)
+    assert lite_ppo.load_checkpoint(whole / "checkpoint-4", policy, torch.optim.AdamW(policy.parameters())) == rundir.Position(4, 16, None)
     with torch.no_grad():
         alone = [predictions(model, r.problem.prompt_ids, r.token_ids)[0] for r in responses]
         assert torch.allclose(policy.response_logprobs(make_pack(responses, range(9), CPU), 1.0)[0], torch.cat(alone), rtol=0, atol=1e-5)
@@ -439,7 +440,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_the_final_folder_the_trainer
 def test_a_forgotten_sync_stops_the_run(root, monkeypatch):
     load, loads = samplers.TransformersSampler.load_weights, []
     monkeypatch.setattr(samplers.TransformersSampler, "load_weights", lambda self, weights: loads or loads.append(load(self, weights)))  # the first time only
-    with pytest.raises(RuntimeError, match="step 2: .* --max-logprob-gap 0.001: the sampler does not hold the trainer's weights"):
+    with pytest.raises(guard.RunError, match="differ by .* --max-logprob-gap 0.001: the sampler does not hold the trainer's weights"):
         lite_ppo.train(config(root, lr=1e-2, output_dir=f"{root}/forgetful"))
 
 

@@ -417,6 +417,27 @@ def pass_at_k(num_samples, num_correct, k):
     return 1 - ((n - c - j) / (n - j)).prod(dim=-1)  # one factor is 0 if fewer than k samples are wrong
 
 
+def bootstrap_interval(values: torch.Tensor, level: float = 0.95, draws: int = 1000, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Percentile bootstrap interval of a mean: how far it would move if other problems like these had been drawn.
+
+    (low, high) = the (1 - level) / 2 and (1 + level) / 2 quantiles of `draws` means, each over P values drawn with replacement
+
+    values: [P], one number per problem (its accuracy over several samples): problems are independent, samples of one are not.
+    Deterministic: the draws come from a generator of their own with this seed. One value, or equal ones: both ends are it.
+    Raises ValueError for values that are not one-dimensional or empty, level outside (0, 1), or draws below 1.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, section 13.3.
+    """
+    if values.ndim != 1 or values.numel() == 0:
+        raise ValueError(f"values must be one-dimensional and not empty, got shape {tuple(values.shape)}")
+    if not 0 < level < 1:
+        raise ValueError(f"level must be in (0, 1), got {level}")
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
+    picks = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(seed))
+    means = values.float()[picks.to(values.device)].mean(1)
+    return torch.quantile(means, (1 - level) / 2), torch.quantile(means, (1 + level) / 2)
+
+
 def is_looping(token_ids, max_period=512, min_repeats=4, min_tokens=64):
     """Does a response end in an exact loop? Call it on truncated responses: most of those that never stop repeat.
 

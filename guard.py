@@ -1,0 +1,192 @@
+"""What keeps a run from hanging or getting lost: named phases with seconds and memory, a watchdog, signals, errors."""
+
+import contextlib
+import faulthandler
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import defaultdict
+from typing import Any, Callable
+
+import torch
+
+
+class RunError(Exception):
+    """The run cannot go on: printed in one message without a traceback; exit code 1. Checkpoints stay as they are."""
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT has asked the run to end; exit code 128 + signal."""
+
+
+# ---- phases ----------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds and peak memory (GiB) of named phases: `with clock("rollout"): ...`
+
+    The class itself knows what this process is doing right now; the watchdog and every message about a failure ask it.
+    """
+
+    step, phase, ticks, since = 0, "start", 0, time.monotonic()  # of the process
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.memory: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str):
+        outer, Clock.phase, start = Clock.phase, phase, time.perf_counter()
+        Clock.tick()
+        reset_peak_memory()
+        yield  # an exception leaves the name of its phase behind, for the message
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[phase] += time.perf_counter() - start
+        self.memory[phase] = max(self.memory[phase], peak_memory())
+        Clock.phase = outer
+        Clock.tick()
+
+    @classmethod
+    def tick(cls) -> None:
+        """The process has got on. Every rank ticks at the same places, so that ticks tell who is behind."""
+        cls.ticks, cls.since = cls.ticks + 1, time.monotonic()
+
+    @classmethod
+    def where(cls) -> str:
+        return f"step {cls.step}, {cls.phase}"
+
+
+def reset_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):  # Linux only; elsewhere the peak is that of the whole run
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+
+
+def peak_memory() -> float:
+    """GiB: what torch held of this rank's GPU; without one, what this process held of the machine's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    with contextlib.suppress(OSError):
+        with open("/proc/self/status") as file:
+            return int(next(line for line in file if line.startswith("VmHWM")).split()[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+REMEDIES = {
+    "start": "more ranks, --cpu-offload, or a lower --gpu-memory-utilization",
+    "rollout": "a lower --max-num-seqs or --gpu-memory-utilization",
+    "evaluation": "a lower --max-num-seqs or --gpu-memory-utilization",
+    "logprobs": "a lower --micro-batch-tokens",
+    "update": "a lower --micro-batch-tokens, --activation-checkpointing, more ranks, or --cpu-offload",
+    "sync": "a lower --gpu-memory-utilization, more ranks, or --cpu-offload",
+    "save": "--no-background-save",
+}
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What to change, if this error means that memory ran out; else nothing."""
+    words = ("out of memory", "can't allocate memory", "Cannot allocate memory", "No available memory for the cache blocks", "desired GPU memory utilization")
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(word in str(error) for word in words):
+        return ""
+    remedy = REMEDIES.get(Clock.phase, "a lower --micro-batch-tokens")
+    return f"out of memory; {remedy} helps. benchmarks/memory_plan.py tells what fits. ({str(error).strip().splitlines()[0] if str(error).strip() else 'MemoryError'})"
+
+
+def describe(error: BaseException, rank: int) -> str:
+    """A failure in one message: where, what, and the remedy or the stack."""
+    where, text = f"error: rank {rank}, {Clock.where()}", f"{type(error).__name__}: {error}"
+    if memory := out_of_memory(error):
+        return f"{where}: {memory}"
+    if any(words in text for words in ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "remote process exited", "communicator was aborted")):
+        return f"{where}: another rank has ended ({text.splitlines()[0][:200]})"
+    if isinstance(error, OSError):  # a full disk, a lost mount
+        return f"{where}: {text}; checkpoints are as they were, and the same command goes on from the newest one"
+    return "".join(traceback.format_exception(error)) + f"{where}: {text}"
+
+
+# ---- a rank that hangs -----------------------------------------------------------------------------------------------
+
+
+def watch(minutes: float, rank: int, world: int, store=None) -> None:
+    """Start a thread that ends this process, with its stack, when it has not ticked for so many minutes.
+
+    Through the store the ranks tell each other where they are: the message names who is behind. Those that only wait
+    for it give it ten seconds to speak for itself; a frozen one cannot.
+    """
+
+    def read(other: int) -> tuple[int, str]:
+        ticks, where = store.get(f"lite_ppo/{other}").decode().split(" ", 1)
+        return int(ticks), where
+
+    def tell() -> str:
+        if store is None:
+            return ""
+        try:
+            ranks = {other: read(other) for other in range(world) if store.check([f"lite_ppo/{other}"])}
+        except RuntimeError:
+            return "; the other ranks cannot be asked"
+        behind = {other: where for other, (ticks, where) in ranks.items() if ticks < ranks.get(rank, (Clock.ticks, ""))[0]}
+        return "".join(f"; rank {other} is behind, in {where}" for other, where in behind.items())
+
+    def loop() -> None:
+        nonlocal store
+        said = None
+        while True:
+            time.sleep(0.25)
+            if store is not None and Clock.ticks != said:
+                try:
+                    store.set(f"lite_ppo/{rank}", f"{Clock.ticks} {Clock.where()}")
+                    said = Clock.ticks
+                except RuntimeError:  # the store is gone, and with it the run
+                    store = None
+            late = time.monotonic() - Clock.since - 60 * minutes
+            if late > 0 and (late > 10 or not (others := tell())):
+                others = tell()
+                print(f"error: rank {rank}, {Clock.where()}: no progress for --timeout-minutes {minutes:g}{others}. Where it is:", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(1)
+
+    threading.Thread(target=loop, daemon=True).start()
+
+
+# ---- signals ---------------------------------------------------------------------------------------------------------
+
+
+class Signals:
+    received = 0  # the first SIGTERM or SIGINT; later ones change nothing (launchers repeat them)
+    interruptible = False  # in a block that may be left at any moment
+
+
+def install_signals() -> None:
+    """SIGTERM and SIGINT end the run at the next place where every rank can leave: see `interruptible`."""
+
+    def note(number, frame) -> None:
+        Signals.received = Signals.received or number
+        if Signals.interruptible:
+            Signals.interruptible = False
+            raise Stopped
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+
+
+def interruptible(work: Callable[[], Any], otherwise: Any) -> Any:
+    """work(), or `otherwise` as soon as a signal arrives or if one has arrived. Only for work without collectives.
+
+    The caller then agrees with the other ranks on Signals.received, for the signal may have reached only one of them.
+    """
+    try:
+        Signals.interruptible = True
+        return otherwise if Signals.received else work()
+    except Stopped:
+        return otherwise
+    finally:
+        Signals.interruptible = False
