@@ -232,13 +232,14 @@ class Checkpoints:
         self.writing, self.error = dataclasses.replace(position), None
         storage = dcp.HuggingFaceStorageWriter(str(self.folder / f"partial-{position.step}"), save_distributed=True)
         options = dict(storage_writer=storage, process_group=self.group)
-        try:
-            if self.cfg.background_save:
-                self.future = dcp.async_save(flat_state(policy, optimizer)[0], **options)
-            else:
-                dcp.save(flat_state(policy, optimizer)[0], **options)
-        except Exception as error:  # a full disk, a lost mount; finish() tells
-            self.error = error
+        with Clock()("save"):
+            try:
+                if self.cfg.background_save:
+                    self.future = dcp.async_save(flat_state(policy, optimizer)[0], **options)
+                else:
+                    dcp.save(flat_state(policy, optimizer)[0], **options)
+            except Exception as error:  # a full disk, a lost mount; finish() tells
+                self.error = error
         if not self.cfg.background_save:
             self.finish()
 
@@ -252,15 +253,16 @@ class Checkpoints:
             return
         position, future = self.writing, self.future
         self.writing = self.future = None
-        try:
-            if self.error:
-                raise self.error
-            if future:
-                future.result()
-            if dist.get_rank() == 0:
-                self._show(position)
-        except Exception as error:
-            self.error = error
+        with Clock()("save"):
+            try:
+                if self.error:
+                    raise self.error
+                if future:
+                    future.result()
+                if dist.get_rank() == 0:
+                    self._show(position)
+            except Exception as error:
+                self.error = error
         errors = [None] * dist.get_world_size()
         dist.all_gather_object(errors, self.error and f"{type(self.error).__name__}: {self.error}"[:500])
         self.failures = self.failures + 1 if any(errors) else 0
