@@ -632,7 +632,7 @@ def train(cfg: Config) -> dict[str, float]:
     if cfg.minibatches == 1:
         say("note: with one optimizer step per rollout the ratio is 1 and no clip can bind; --minibatches 2 or more changes that")
     workers = cfg.reward_workers or max(1, min(8, os.cpu_count() // env("LOCAL_WORLD_SIZE", 1)))
-    grader = Grader(cfg.reward, cfg.reward_timeout, workers)
+    grader = Grader(cfg.reward, cfg.reward_timeout, workers, cfg.reward_memory_gib)
     # The sampler before the policy: vLLM measures the GPU's free memory when it starts.
     sampler = {"vllm": samplers.VllmSampler, "transformers": samplers.TransformersSampler}[kind](cfg, path, eos_ids, device, compute_dtype(cfg))
     policy = build_policy(cfg, path, device)

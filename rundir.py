@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 
 import tricks
@@ -238,7 +239,7 @@ class Checkpoints:
                     self.future = dcp.async_save(flat_state(policy, optimizer)[0], **options)
                 else:
                     dcp.save(flat_state(policy, optimizer)[0], **options)
-            except Exception as error:  # a full disk, a lost mount; finish() tells
+            except (Exception, CheckpointException) as error:  # a full disk, a lost mount; finish() tells
                 self.error = error
         if not self.cfg.background_save:
             self.finish()
@@ -261,10 +262,10 @@ class Checkpoints:
                     future.result()
                 if dist.get_rank() == 0:
                     self._show(position)
-            except Exception as error:
+            except (Exception, CheckpointException) as error:
                 self.error = error
         errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, self.error and f"{type(self.error).__name__}: {self.error}"[:500])
+        dist.all_gather_object(errors, self.error and cause(self.error))
         self.failures = self.failures + 1 if any(errors) else 0
         if any(errors):
             if dist.get_rank() == 0:
@@ -285,10 +286,18 @@ class Checkpoints:
             shutil.rmtree(old)
 
 
+def cause(error: BaseException) -> str:
+    """The error itself, out of the report about all ranks that torch wraps it in (which is no Exception)."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {str(error)[:300]}"
+
+
 def flat_state(policy, optimizer) -> tuple[dict[str, torch.Tensor], Any, Any]:
     """Weights and optimizer state as one flat dict of this rank's tensors (shared, not copied), and the two it comes from."""
     model, optim = get_state_dict(policy, optimizer)
-    flat = {f"model.{name}": tensor for name, tensor in model.items()}
+    tied = policy.config.tie_word_embeddings  # the head is the embedding: once is enough, and safetensors takes it only once
+    flat = {f"model.{name}": tensor for name, tensor in model.items() if not (tied and name == "lm_head.weight")}
     return flat | {f"optimizer.{name}.{key}": tensor for name, state in optim["state"].items() for key, tensor in state.items()}, model, optim
 
 
@@ -298,8 +307,8 @@ def load_checkpoint(path: Path, policy, optimizer) -> Position:
         saved = json.loads((path / "state.json").read_text())
         flat, model, optim = flat_state(policy, optimizer)
         dcp.load(flat, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
-    except Exception as error:
-        raise UserError(f"{path}: does not load ({type(error).__name__}: {str(error)[:300]}); move it away to go on from the one before") from error
+    except (Exception, CheckpointException) as error:
+        raise UserError(f"{path}: does not load ({cause(error)}); move it away to go on from the one before") from error
     set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
     return Position(saved["step"], saved["cursor"], saved["pending"])
 

@@ -4,7 +4,7 @@ Gradients are compared with a reference that knows nothing of packs, ranks and w
 Some of the tests run again, in processes of their own: on two ranks, and with vLLM, which changes the process that it lives in (see `helpers`).
 """
 
-import functools, inspect, json, math, os, shutil, subprocess, sys, time  # noqa: E401
+import functools, inspect, json, math, os, shutil, signal, subprocess, sys, time  # noqa: E401
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -256,53 +256,6 @@ def test_laws_of_micro_batches(lengths, budget, world):
     assert all(len(micro) <= 1 or sum(lengths[i] for i in micro) <= max([budget, *lengths]) for rank in plan for micro in rank)
 
 
-# ---- rewards ---------------------------------------------------------------------------------------------------------
-
-def test_boxes_and_rewards():
-    for text, answer in {
-        r"so \boxed{42}.": "42", r"\boxed{1} no, \boxed{ 2 }": "2", r"\boxed{\frac{1}{2}}": r"\frac{1}{2}", r"\boxed{\{1,\{2\}\}} q": r"\{1,\{2\}\}", "": None,
-        r"\boxed{}": "", r"\boxed{1} then \boxed{2": None, r"\boxed 5": None, "42": None, r"\boxed{a}}": "a", r"\boxed{\boxed{3}}": "3",
-    }.items():  # fmt: skip
-        assert rewards.last_boxed(text) == answer
-    for answer, gold, score in [
-        ("42", "42", 1), ("0.5", r"\frac{1}{2}", 1), (r"\frac12", "0.5", 1), ("1,000", "1000", 1), ("42.0", "42", 1), ("-3", "-3", 1), ("(1, 2)", "(1,2)", 1),
-        ("p-q", "p - q", 1), (r"x \in [0,1]", "[0,1]", 1), (r"2\sqrt{2}", r"\sqrt{8}", 1), ("43", "42", 0), ("3", "-3", 0), ("(2,1)", "(1,2)", 0),
-        ("0.3333", r"\frac{1}{3}", 0), ("", "42", 0), ("x", "42", 0), (r"\frac{", "42", 0), ("12345678901234567890123", "12345678901234567890124", 0),
-    ]:  # fmt: skip
-        assert rewards.math_reward(rf"\boxed{{7}}, no: \boxed{{{answer}}}.", {"answer": gold}) == score and rewards.math_reward(answer, {"answer": gold}) == 0
-    for text, score in {r"\boxed{7}": 1, "so\n7\n": 1, "7": 1, "7.0": 0, r"\boxed{8}" + "\n7": 0, "": 0, "7\nor 8": 0}.items():
-        assert rewards.exact_reward(text, {"answer": "7"}) == score
-
-
-def test_a_reward_that_hangs_raises_or_dies_costs_its_own_response_only(root):
-    grader, rows = rewards.Grader(f"{root}/rewards.py:trouble", timeout=1.5, workers=2), [{"answer": str(i)} for i in range(10)]
-    assert grader(["fine"] * 4, rows[:4]) == [(float(i), "") for i in range(4)]
-    kinds, began = ["fine", "hangs", "fine", "raises", "nan", "exits", "word", "fine", "hangs", "fine"], time.monotonic()
-    verdicts = grader(kinds, rows)
-    assert time.monotonic() - began < 2 * 1.5 + 2
-    reasons = {"hangs": "no verdict within 1.5 s", "raises": "no such thing", "nan": "nan, not a finite", "exits": "Process", "word": "seven"}
-    for i, (kind, (score, reason)) in enumerate(zip(kinds, verdicts)):
-        assert (score, reason) == (i, "") if kind == "fine" else score == 0 and reasons[kind] in reason
-    assert grader(["fine"] * 10, rows) == [(float(i), "") for i in range(10)]  # the pool has recovered
-    grader.close()
-
-
-GOLDS = ["42", "-7", "0.25", r"\frac{3}{4}", r"\left( 3, \frac{\pi}{2} \right)", r"2\sqrt{3}", "p - q", "x^2 + 1", "[0, 1)", r"\{1, 2, 3\}", r"10\%",
-         r"\text{east}", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", "1,000", r"k \neq 1", r"\infty", r"90^\circ", "5"]  # fmt: skip
-
-
-def test_gold_answers_are_graded_right():
-    grader = rewards.Grader("math", 10.0, 2)
-    for file in [None, *(HERE.parent / "shared" / "data").glob("*.jsonl")]:  # real data sets, where there are any
-        golds = [row["answer"] for row in data.load_rows(str(file))] if file else GOLDS
-        assert all(rewards.math_reward(f"\\boxed{{{gold}}}", {"answer": gold}) == 1 for gold in golds)
-        few = golds[:: max(1, len(golds) // 100)]
-        right = [score for score, _ in grader([f"\\boxed{{{gold}}}" for gold in few], [{"answer": gold + " "} for gold in few])]  # another string: math-verify
-        wrong = [score for score, _ in grader([f"\\boxed{{{i + 1234567}}}" for i in range(len(few))], [{"answer": gold} for gold in few])]
-        assert sum(right) >= 0.99 * len(right) and sum(wrong) == 0, (file, [gold for gold, score in zip(few, right) if score < 1])
-    grader.close()
-
-
 # ---- configuration, and mistakes of the caller's ---------------------------------------------------------------------
 
 def test_presets_are_the_published_settings_and_flags_win(root, monkeypatch):
@@ -444,11 +397,139 @@ def test_a_forgotten_sync_stops_the_run(root, monkeypatch):
         lite_ppo.train(config(root, lr=1e-2, output_dir=f"{root}/forgetful"))
 
 
+def test_a_checkpoint_goes_on_with_other_ranks_hybrid_sharding_and_never_with_other_settings(root):
+    options = dict(save_every=2, keep_checkpoints=9, eval_every=0, max_grad_norm=0.5)
+    lite_ppo.train(config(root, output_dir=str(root / "one_first"), steps=2, **options))
+    code = "import lite_ppo, test_lite_ppo as t, pathlib; t.start_ranks(); root = pathlib.Path(t.os.environ['TEST_ROOT'])\n"
+    for folder, more in {"one_first": dict(steps=7, shard_ranks=1), "two_first": dict(steps=2)}.items():
+        code += f"lite_ppo.train(t.config(root, output_dir=str(root / '{folder}'), **{options | more}))\n"
+    (root / "tied" / "resharded.py").write_text(code)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", f"{root}/tied/resharded.py"]
+    two = subprocess.run(launcher, capture_output=True, text=True, env=os.environ | {"TEST_ROOT": str(root), "PYTHONPATH": str(HERE)})
+    assert two.returncode == 0, two.stderr[-6000:]
+    lite_ppo.train(config(root, output_dir=str(root / "two_first"), steps=7, **options))
+    lite_ppo.train(config(root, output_dir=str(root / "one"), steps=7, **options))
+    truth = load_model(root / "one/final").state_dict()
+    for folder in ("two_first", "one_first"):  # 2 -> 1 rank, and 1 -> 2 ranks, each of which holds all of the model
+        found = load_model(root / folder / "final").state_dict()
+        assert all(torch.allclose(found[name], truth[name], rtol=0, atol=1e-5) for name in truth)
+        assert [row["step"] for row in read(root / folder / "metrics.jsonl")] == list(range(8))
+    for changes, message in {
+        "clip_high": (dict(clip_high=0.3), "clip_high: 0.2 -> 0.3"), "lr": (dict(lr=1.0), "lr: 0.001 -> 1.0"), "steps": (dict(steps=3), "--steps 3: .*7 steps"),
+        "data": (dict(train_data=f"{root}/dev.jsonl"), "training problems: 10 problems.* -> 1 problems"), "never": (dict(resume="never"), "holds checkpoint-7"),
+        "nothing": (dict(resume=f"{root}/tied"), "nor a checkpoint folder"), "older": (dict(resume=f"{root}/one/checkpoint-2"), "holds checkpoint-7, another"),
+    }.values():  # fmt: skip
+        with pytest.raises(data.UserError, match=message):
+            lite_ppo.train(config(root, **dict(output_dir=str(root / "one"), steps=7, **options) | changes))
+    lite_ppo.train(config(root, resume=f"{root}/one/checkpoint-6", output_dir=str(root / "fork"), steps=7, clip_high=0.3, **options))
+    assert [row["step"] for row in read(root / "fork/metrics.jsonl")] == [7]  # with other settings only where it is asked for
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(root, monkeypatch, capfd):
+    write, broken = rundir.dcp.HuggingFaceStorageWriter.write_data, []
+
+    def full_disk(self, *args):
+        if any(f"partial-{step}" in str(self.path) for step in broken):
+            raise OSError(28, "No space left on device")
+        return write(self, *args)
+
+    monkeypatch.setattr(rundir.dcp.HuggingFaceStorageWriter, "write_data", full_disk)
+    for background in (True, False):
+        folder = root / f"full-{background}"
+        run = lambda **more: lite_ppo.train(config(root, output_dir=str(folder), save_every=1, background_save=background, **more))  # noqa: E731,B023
+        broken[:] = [2]
+        run(steps=3)
+        out = capfd.readouterr().out
+        assert "warning: checkpoint-2 could not be written" in out and "No space left" in out and "newest whole one: checkpoint-1" in out
+        assert [path.name for path in rundir.checkpoints(folder)] == ["checkpoint-1", "checkpoint-3"]
+        broken[:] = [4, 5]
+        with pytest.raises(guard.RunError, match="checkpoint-5 could not be written .*No space left.*newest whole one: checkpoint-3.*Make room"):
+            run(steps=6)
+        broken.clear()
+        run(steps=6)
+        assert not list(folder.glob("partial*")) and [row["step"] for row in read(folder / "metrics.jsonl")] == list(range(7))
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_blamed_and_soon_ends_the_run(root, monkeypatch, capfd):
+    surrogate, calls = lite_ppo.tricks.clipped_surrogate, []
+
+    def sick(logprobs, *args):
+        calls.append(1)
+        return surrogate(logprobs, *args) * torch.where(torch.arange(len(logprobs)) == 0, math.nan if len(calls) in (1, 9) or len(calls) > 20 else 1.0, 1.0)
+
+    monkeypatch.setattr(lite_ppo.tricks, "clipped_surrogate", sick)
+    folder = root / "sick"
+    with pytest.raises(guard.RunError, match="no finite gradient in 2 rollouts in a row .*--max-skipped-steps.*; responses .*samples.jsonl"):
+        lite_ppo.train(config(root, output_dir=str(folder), steps=50, max_skipped_steps=2, micro_batch_tokens=1000, samples_per_step=0))
+    skipped = [row["policy/skipped"] for row in read(folder / "metrics.jsonl")[1:]]
+    assert skipped[0] == 1 and skipped[4] == 1 and sum(skipped) == 3 + (skipped[-1] - 1) and "NaN" not in (folder / "metrics.jsonl").read_text()
+    assert "step 1: 1 optimizer step(s) skipped, the gradient is not finite; responses [" in capfd.readouterr().out
+    assert {s["failure"] for s in read(folder / "samples.jsonl")} == {lite_ppo.NOT_FINITE}
+
+
+def test_a_run_whose_rewards_fail_ends_with_the_reason(root):
+    with pytest.raises(guard.RunError, match="4 of 4 responses got no verdict.*--max-failed-rewards 0.5.*ValueError.*x"):
+        play([(0.0, "ValueError: x")] * 4)
+    assert play([(0.0, "ValueError: x"), (0.0, "late"), (1, ""), (0, "")])[0] == [0, 0, 1, 0]
+
+
+FAULTS = {  # name: what happens on rank 1 of 2, what the message must say
+    "hung": ("samplers.TransformersSampler.generate = lambda *a: time.sleep(9999)", "rank 1, step 1, rollout: no progress for --timeout-minutes"),
+    "frozen": ("samplers.TransformersSampler.generate = lambda *a: os.kill(os.getpid(), 19)", "rank 1 is behind, in step"),
+    "dead": ("lite_ppo.make_pack = lambda *a: os._exit(7)", ["another rank has ended", "exitcode  : 7"]),
+    "fails": ("lite_ppo.make_pack = lambda *a: 1 / 0", "rank 1, step 1, step: ZeroDivisionError"),
+    "memory": ("lite_ppo.check_gap = lambda *a: torch.empty(2**46)", "rank 1, step 1, update: out of memory; a lower --micro-batch-tokens"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_rank_in_trouble_ends_the_others_soon_and_is_named(fault, root):
+    what, said = FAULTS[fault]
+    code = f"import os, sys, time, torch, lite_ppo, samplers\nif os.environ['RANK'] == '1':\n    {what}\nsys.exit(lite_ppo.main())"
+    (root / "tied" / f"{fault}.py").write_text(code)
+    line = command_line(root, **{"--output-dir": f"{root}/{fault}", "--timeout-minutes": "0.1"})
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", f"{root}/tied/{fault}.py", *line]
+    result = subprocess.run(launcher, capture_output=True, text=True, cwd=HERE, env=os.environ | {"PYTHONPATH": str(HERE)}, timeout=120)
+    assert result.returncode == 1 and all(words in result.stderr for words in ([said] if isinstance(said, str) else said)), result.stderr[-6000:]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_with_a_checkpoint(number, root):
+    folder = root / f"signal-{number}"
+    line = command_line(root, **{"--output-dir": str(folder), "--steps": "500", "--eval-every": "1"})
+    process = subprocess.Popen([sys.executable, "lite_ppo.py", *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE)
+    while process.poll() is None and len(read(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []) < 3:
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in err, err
+    (checkpoint,) = rundir.checkpoints(folder)
+    position = json.loads((checkpoint / "state.json").read_text())
+    assert f"ended by a signal after step {position['step']}" in out and position["step"] >= 2
+    assert [row["step"] for row in read(folder / "metrics.jsonl")] == list(range(position["step"] + (position["pending"] is None)))
+    line = command_line(root, **{"--output-dir": str(folder), "--steps": str(position["step"] + 1), "--eval-every": "1"})
+    again = subprocess.run([sys.executable, "lite_ppo.py", *line], capture_output=True, text=True, cwd=HERE)
+    assert again.returncode == 0 and f"resumed from {checkpoint}" in again.stdout, again.stderr
+    assert [row["step"] for row in read(folder / "metrics.jsonl")] == list(range(position["step"] + 2))
+
+
+@pytest.mark.parametrize("words,change", {
+    "entropy collapse": {"policy/entropy": 0.001}, "entropy explosion": {"policy/entropy": 5.0}, "short responses": {"response/length_mean": 2.0},
+    "truncated responses": {"response/truncated": 0.9}, "nothing to learn": {"reward/std": 0.0}, "failing rewards": {"reward/failed": 0.2},
+    "": {"policy/entropy": 0.5, "response/length_mean": 30.0},
+}.items())  # fmt: skip
+def test_collapse_is_told_in_words_and_once(words, change, tmp_path):
+    healthy = {"policy/entropy": 1.0, "response/length_mean": 100.0, "response/truncated": 0.1, "reward/std": 0.4, "reward/failed": 0.0}
+    log = rundir.Log(tmp_path, Config(), 0)
+    news = [text for step in range(30) for text in log.metrics(step, healthy | (change if step >= 10 else {}))]
+    assert [text.split(":")[0] for text in news] == [words] * bool(words)
+
+
 def play(*calls, cursor=0, evaluation=False, **changes):
     """What rollout() or evaluate() makes of these scores, one list for each time that the sampler and the grader are asked."""
     calls, seeds = iter(calls), []
     generate = lambda prompts, given, n: [seeds.append(s) or [Sample(np.array([5, 1]), np.zeros(2), False)] * n[0] for s in given]  # noqa: E731
-    grade, cfg = lambda texts, rows: [(score, "") for score in next(calls)], config(Path(), prompts_per_step=2, group_size=2, **changes)  # noqa: E731
+    grade, cfg = lambda texts, rows: [v if isinstance(v, tuple) else (v, "") for v in next(calls)], config(Path(), prompts_per_step=2, group_size=2, **changes)  # noqa: E731
     problems, tools = [Problem({}, [3, i, 4]) for i in range(20)], (SimpleNamespace(generate=generate), grade, toy.make_tokenizer())
     if evaluation:
         return lite_ppo.evaluate(*tools, {"a": problems[:2], "b": problems[:1]}, cfg)
