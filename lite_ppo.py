@@ -493,6 +493,7 @@ def update(policy, reference, optimizer, responses: list[Response], advantages: 
             weights = torch.zeros(len(responses))
             weights[members] = tricks.loss_weights(lengths[members], cfg.loss_level, keep[members], cfg.max_new_tokens)
             for pack in packs:
+                policy.set_requires_all_reduce(pack is packs[-1])  # hybrid sharding: copies exchange the sum, not every term
                 logprobs, entropy = policy.response_logprobs(pack, cfg.temperature)
                 if pack.old_logprobs is None:
                     pack.old_logprobs = logprobs.detach()

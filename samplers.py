@@ -110,6 +110,22 @@ class Sample(NamedTuple):
     truncated: bool  # ended by the length limit, as the sampler tells it
 
 
+CPU_CACHE = 2**30  # bytes of keys and values at a time, where no GPU sets the limit
+
+
+def cache_bytes(config, dtype: torch.dtype) -> int:
+    """Bytes of keys and values per token."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * dtype.itemsize
+
+
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """torch's attention with grouped heads under a mask, too: transformers would repeat keys and values for it."""
+    causal = attention_mask is None and query.shape[2] > 1
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2), None
+
+
 class TransformersSampler:
     """Batched decoding with a key-value cache, wherever torch runs, on a copy of the weights of its own.
 
@@ -117,7 +133,12 @@ class TransformersSampler:
     """
 
     def __init__(self, cfg, path: str, eos_ids: list[int], device: torch.device, dtype: torch.dtype):
-        self.model = build_model(path, dtype, "sdpa", device).eval()
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+
+        AttentionInterface.register("grouped", grouped_attention)
+        AttentionMaskInterface.register("grouped", sdpa_mask)
+        self.model = build_model(path, dtype, "grouped", device).eval()
         self.eos_ids, self.device, self.max_num_seqs = torch.tensor(eos_ids, device=device), device, cfg.max_num_seqs
 
     def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
@@ -131,10 +152,12 @@ class TransformersSampler:
     close = sleep
 
     def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[list[Sample]]:
-        step = max(1, self.max_num_seqs // sampling.n)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: less padding
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # similar lengths together: less padding
         results: list[list[Sample]] = [[] for _ in prompts]
-        for batch in (order[i : i + step] for i in range(0, len(order), step)):
+        while order:
+            tokens = sampling.n * (len(prompts[order[0]]) + sampling.max_new_tokens)  # of the cache, for one prompt of this batch
+            fit = max(1, min(self.max_num_seqs // sampling.n, CPU_CACHE // (tokens * cache_bytes(self.model.config, self.model.dtype))))
+            batch, order = order[:fit], order[fit:]
             for i, samples in zip(batch, self._decode([prompts[i] for i in batch], [seeds[i] for i in batch], sampling)):
                 results[i] = samples
         return results
@@ -197,11 +220,13 @@ class VllmSampler:
         from transformers import AutoConfig
         from vllm import LLM, ModelRegistry
 
-        self.cuda, self.eos_ids = device.type == "cuda", eos_ids
+        self.cuda, self.eos_ids, config = device.type == "cuda", eos_ids, AutoConfig.from_pretrained(path)
         if not self.cuda:  # vLLM would look at the model class in another process, to keep CUDA out; that is slow and trips over a broken torchvision
-            for name in AutoConfig.from_pretrained(path).architectures:
+            for name in config.architectures:
                 ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
-        gpu, cpu = dict(gpu_memory_utilization=cfg.gpu_memory_utilization, enable_sleep_mode=True), dict(kv_cache_memory_bytes=1 << 28, enforce_eager=True)
+        room = cfg.max_prompt_tokens + cfg.max_new_tokens
+        gpu = dict(gpu_memory_utilization=cfg.gpu_memory_utilization, enable_sleep_mode=True)
+        cpu = dict(enforce_eager=True, kv_cache_memory_bytes=max(2**28, 2 * room * cache_bytes(config, dtype)))  # two responses fit
         self.llm = LLM(
             model=path,
             load_format="dummy",  # the weights come from the trainer
@@ -209,7 +234,7 @@ class VllmSampler:
             distributed_executor_backend="external_launcher",  # torchrun's ranks: an engine each, or one per tensor-parallel group
             tensor_parallel_size=cfg.tensor_parallel_size,
             seed=cfg.seed,
-            max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens,
+            max_model_len=room,
             max_num_seqs=cfg.max_num_seqs,
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
             **(gpu if self.cuda else cpu),
