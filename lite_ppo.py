@@ -234,7 +234,7 @@ class Pack:
     position_ids: torch.Tensor  # [T] restart at 0 with each sequence
     cu_seqlens: torch.Tensor  # [sequences + 1] int32, where each sequence starts
     max_seqlen: int
-    grid: torch.Tensor  # [T] place of each token in a [sequences, max_seqlen] grid (attention on CPUs)
+    lengths: list[int]  # of the sequences
     predict: torch.Tensor  # [R] where in the row the hidden states that predict response tokens are
     targets: torch.Tensor  # [R] the response tokens
     owner: torch.Tensor  # [R] index of the response in the step; -1 = stand-in
@@ -258,7 +258,7 @@ def make_pack(responses: list["Response"], indices: list[int], device: torch.dev
         position_ids=tensor([position_ids], np.int64),
         cu_seqlens=tensor([starts], np.int32),
         max_seqlen=longest,
-        grid=tensor([np.repeat(np.arange(len(parts)) * longest, lengths) + position_ids], np.int64),
+        lengths=lengths,
         predict=tensor([np.arange(s + len(prompt) - 1, s + n) for s, n, (prompt, _, _) in zip(starts, lengths, parts)], np.int64),
         targets=tensor([tokens for _, tokens, _ in parts], np.int64),
         owner=tensor([np.full(len(tokens), i) for i, (_, tokens, _) in zip(indices or [-1], parts)], np.int64),
@@ -269,25 +269,21 @@ def make_pack(responses: list["Response"], indices: list[int], device: torch.dev
 def packed_attention(module, query, key, value, attention_mask, scaling=None, pack: Pack | None = None, **kwargs):
     """Causal attention within each sequence of a pack: query [1, H, T, D], key and value [1, H_kv, T, D] -> [1, T, H, D].
 
-    On GPUs the kernel takes the lengths. On CPUs the sequences are padded inside this function only; padding lies behind
-    every real token, so that the causal mask hides it.
+    On GPUs one kernel takes the lengths. On CPUs each sequence has a call of its own, which is faster than padding them here
+    and calling once (benchmarks/packing.py).
     """
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
         cu, longest = pack.cu_seqlens, pack.max_seqlen
         grouped = dict(enable_gqa=True) if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
         if not grouped:  # torch 2.11
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         return varlen_attn(query, key, value, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), **grouped)[None], None
-    shape = (len(pack.cu_seqlens) - 1, pack.max_seqlen)
-
-    def padded(x):  # [T, H, D] -> [sequences, H, max_seqlen, D]
-        return x.new_zeros(shape[0] * shape[1], *x.shape[1:]).index_copy(0, pack.grid, x).unflatten(0, shape).transpose(1, 2)
-
-    out = F.scaled_dot_product_attention(padded(query), padded(key), padded(value), is_causal=True, scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2).flatten(0, 1)[pack.grid][None], None
+    each = zip(*(x.split(pack.lengths, 2) for x in (query, key, value)))
+    out = [F.scaled_dot_product_attention(*qkv, is_causal=True, scale=scaling, enable_gqa=True) for qkv in each]
+    return torch.cat(out, 2).transpose(1, 2), None
 
 
 def response_logprobs(model, pack: Pack, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -64,7 +64,7 @@ def test_trainer_state_is_shared_by_the_ranks():
 
 
 def test_activations_of_one_token_by_hand():
-    s = Settings(dtype="float32", cpu=True, padding=1.0)
+    s = Settings(dtype="float32", cpu=True)
     # Numbers per token: two norms keep input, scaled input and output, 3 x 2 each; q and k norms keep input and scaled input, 2 x (2 + 2);
     # attention keeps q, k, v and its output, 4 x 2, and what goes into o_proj, 2; the MLP 4 x 3.
     assert block_bytes(TINY, s) == 4 * (12 + 8 + 8 + 2 + 12)

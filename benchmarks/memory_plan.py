@@ -122,7 +122,6 @@ class Settings:
     device_gib: float = 80.0
     cpu: bool = False  # no GPU: device_gib is the memory of the machine's share of this rank
     process_bytes: int = 0  # the process before it holds a model; 0 = the constants below
-    padding: float = 1.25  # cells per token of the padded grid that attention uses on a CPU; GPUs need none
 
     @property
     def bytes(self) -> int:  # c
@@ -165,10 +164,9 @@ LOGITS = 2**26  # numbers in the chunk of logits of lite_ppo.response_logprobs
 def block_bytes(shape: Shape, s: Settings) -> float:
     """Bytes per token that one block keeps for its backward pass, its input not counted."""
     c, D, queries, keys = s.bytes, shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    grid = s.padding if s.cpu else 1.0
     norms = 2 * (8 + c) * D  # each: the input in float32, what is scaled, and the output that the projections take
     qk_norms = (4 + c) * (queries + keys) * shape.qk_norm  # input in float32, what is scaled
-    attention = c * grid * (2 * queries + 2 * keys) + c * queries  # q, k, v and output, on a CPU in a padded grid; the input of o_proj
+    attention = c * (2 * queries + 2 * keys) + c * queries  # q, k, v and output; the input of o_proj
     return norms + qk_norms + attention + 4 * c * shape.intermediate  # MLP: gate, its activation, up, their product
 
 
@@ -194,11 +192,12 @@ def engine_parts(shape: Shape, s: Settings, awake: str) -> dict[str, float]:
         prefill = VLLM_BATCHED_TOKENS[s.cpu]
     sampling = s.live * V * (4 * LOGIT_COPIES[s.sampler] + (c if c == 2 else 0)) + prefill * forward_bytes(shape, s)
     if s.sampler == "transformers":  # its cache grows with the sequences, and one block's is copied while it grows
-        grown = s.live * (s.max_prompt_tokens + s.max_new_tokens) * cache * (1 + 1 / shape.layers)
+        room = s.group_size * (s.max_prompt_tokens + s.max_new_tokens) * cache  # one prompt's responses; more as far as 1 GiB holds them
+        grown = min(s.live * (s.max_prompt_tokens + s.max_new_tokens) * cache, max(room, 2**30)) * (1 + 1 / shape.layers)
         return {"engine: weights": weights} | ({"engine: KV cache": grown, "engine: sampling": sampling} if awake == "all" else {})
     if s.cpu:  # vLLM packs its matrices, and a tied head gets a pack of its own; the cache is fixed and always there
         packed = weights + c * shape.embedding * shape.tied
-        always = {"engine: weights": packed, "engine: KV cache": 256 * MIB, "engine: rest": ENGINE["vllm"]}
+        always = {"engine: weights": packed, "engine: KV cache": max(256 * MIB, 2 * (s.max_prompt_tokens + s.max_new_tokens) * cache), "engine: rest": ENGINE["vllm"]}
         return always | ({"engine: sampling": sampling} if awake == "all" else {})
     if awake == "no":
         return {}
@@ -455,7 +454,7 @@ def worker(path: str, flags: list[str], output: str) -> None:
     seconds["load"] = time.perf_counter() - began
     with memory("sync"):
         engine.load_weights(lite_ppo.full_weights(policy, lite_ppo.compute_dtype(cfg)))
-    cells = tokens = 0
+    tokens = 0
     for step in (1, 2):
         began = time.perf_counter()
         sampling = samplers.Sampling(cfg.group_size, cfg.max_new_tokens, cfg.temperature)
@@ -470,15 +469,15 @@ def worker(path: str, flags: list[str], output: str) -> None:
         seconds[f"step {step}"] = time.perf_counter() - began
         sizes = [len(r.problem.prompt_ids) + len(r.token_ids) - 1 for r in responses]
         packs = lite_ppo.plan_micro_batches(sizes[: -(-len(sizes) // cfg.minibatches)], cfg.micro_batch_tokens, 1)[0]
-        cells, tokens = max((len(m) * max(sizes[i] for i in m), sum(sizes[i] for i in m)) for m in packs if m)
-    Path(output).write_text(json.dumps(dict(peaks=memory.peaks, seconds=seconds, padding=cells / tokens, tokens=tokens, kind=kind)))
+        tokens = max(sum(sizes[i] for i in m) for m in packs if m)
+    Path(output).write_text(json.dumps(dict(peaks=memory.peaks, seconds=seconds, tokens=tokens, kind=kind)))
     engine.close()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def check(name: str, path: str, shape: Shape, s: Settings, threads: int) -> dict:
-    """Run `worker`, plan the same thing, print both. The plan takes from the run what it cannot know: imports and padding."""
+    """Run `worker`, plan the same thing, print both. The plan takes from the run what it cannot know: the size of the imports."""
     flags = [f"--{name.replace('_', '-')}={getattr(s, name)}" for name in (
         "prompts_per_step", "group_size", "minibatches", "max_prompt_tokens", "max_new_tokens", "micro_batch_tokens", "max_num_seqs",
         "gpu_memory_utilization", "dtype", "kl_coef", "sampler")]  # fmt: skip
@@ -489,7 +488,7 @@ def check(name: str, path: str, shape: Shape, s: Settings, threads: int) -> dict
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
         measured = json.loads(Path(output).read_text())
     # A micro-batch of the run holds at most what there is: the plan is told the tokens of the largest one.
-    s = dataclasses.replace(s, micro_batch_tokens=min(s.micro_batch_tokens, measured["tokens"]), padding=measured["padding"],
+    s = dataclasses.replace(s, micro_batch_tokens=min(s.micro_batch_tokens, measured["tokens"]),
                             process_bytes=measured["peaks"]["process"] if s.cpu else 0)  # fmt: skip
     text, result = report(name, shape, s)
     print(text, "", f"{'GiB':<20}{'planned':>10}{'measured':>10}{'ratio':>10}", sep="\n")

@@ -6,8 +6,8 @@ The same model, log-prob function and loss (a fixed weight per response) over th
 a log-normal distribution that is clipped at --max-length, so that the mean is about a third of the maximum. Only real tokens
 count. Sequences per micro-batch:
 
-    packed                    lite_ppo's: plan_micro_batches at --budget tokens, make_pack, packed_attention
-    packed, loop              the same, but attention is a loop over the sequences: a kernel call for each
+    packed                    lite_ppo's: plan_micro_batches at --budget tokens, make_pack, packed_attention (on CPUs a kernel call
+                              for each sequence)
     packed, padded inside     the same, but attention pads inside itself: one kernel call for all
     padded                    [B, longest of all], right padding, attention mask, transformers' own SDPA forward;
                               B * longest <= budget: the same memory for activations
@@ -16,8 +16,7 @@ count. Sequences per micro-batch:
 
 Padded micro-batches take the sequences in random order, as they come from a rollout. All forms train the same FSDP2 model, in
 alternation; medians are printed. The first, untimed round compares their gradients: |difference| / |packed|.
-A second table times attention alone, forward and backward on the first pack; "heads repeated" expands grouped keys and values
-before the kernel instead of in it.
+A second table times attention alone, forward and backward on the first pack.
 """
 
 import functools
@@ -61,15 +60,6 @@ def draw_lengths(args: Args) -> list[int]:
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
-def loop_attention(module, query, key, value, attention_mask, scaling=None, pack=None, repeat=False, **kwargs):
-    """A loop over the sequences of a pack: nothing is padded, each has a kernel call of its own."""
-    if repeat:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    parts = zip(*(x.split(pack.cu_seqlens.diff().tolist(), 2) for x in (query, key, value)))
-    out = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=not repeat) for q, k, v in parts]
-    return torch.cat(out, 2).transpose(1, 2), None
-
-
 def padded_attention(module, query, key, value, attention_mask, scaling=None, pack=None, **kwargs):
     """One kernel call; the sequences are padded for it and cut out of its result. Padding lies behind every real token."""
     lengths = pack.cu_seqlens.diff()
@@ -78,8 +68,7 @@ def padded_attention(module, query, key, value, attention_mask, scaling=None, pa
     return out[torch.arange(pack.max_seqlen, device=out.device) < lengths[:, None]][None], None
 
 
-ATTENTIONS = {"lite_ppo": lite_ppo.packed_attention, "padded inside": padded_attention, "loop": loop_attention,
-              "loop, heads repeated": functools.partial(loop_attention, repeat=True)}
+ATTENTIONS = {"lite_ppo": lite_ppo.packed_attention, "padded inside": padded_attention}
 
 
 def attention_rows(pack, config, dtype, rounds: int) -> list[dict]:
@@ -127,7 +116,6 @@ def main(args: Args) -> None:
         policy = lite_ppo.build_policy(cfg, folder, device)
     from transformers import AttentionInterface
 
-    AttentionInterface.register("packed_loop", loop_attention)
     AttentionInterface.register("packed_padded", padded_attention)
     policy.padded_logprobs = functools.partial(padded_logprobs, policy)
     register_fsdp_forward_method(policy, "padded_logprobs")
@@ -144,7 +132,7 @@ def main(args: Args) -> None:
         return [padded_batch(responses, group, max(sizes[i] for i in (group if own else order)), device) for group in groups]
 
     packs, fits = [lite_ppo.make_pack(responses, micro, device) for micro in plan], max(1, args.budget // max(sizes))
-    forms = {"packed": ("packed", packs), "packed, loop": ("packed_loop", packs), "packed, padded inside": ("packed_padded", packs),
+    forms = {"packed": ("packed", packs), "packed, padded inside": ("packed_padded", packs),
              "padded": ("sdpa", padded(fits)), "padded, own longest": ("sdpa", padded(fits, own=True)),
              "padded, as many": ("sdpa", padded(-(-len(order) // len(plan))))}  # fmt: skip
     print(f"{len(lengths)} responses, mean {np.mean(lengths):.0f}, longest {max(lengths)} (ratio {np.mean(lengths) / max(lengths):.2f}), "
