@@ -201,6 +201,7 @@ def check_config(cfg: Config, world: int) -> None:
     need(world % cfg.tensor_parallel_size == 0, "tensor_parallel_size", f"must divide the number of ranks, {world}")
     need(cfg.shard_ranks == 0 or world % cfg.shard_ranks == 0, "shard_ranks", f"must divide the number of ranks, {world}")
     need(cfg.prompts_per_step * cfg.group_size <= 2**20, "prompts_per_step", f"times --group-size {cfg.group_size} is more than 2^20 responses per step")
+    need(torch.cuda.is_available() or not cfg.cpu_offload, "cpu_offload", "there is no GPU to unload; leave it out")
     need(cfg.train_data != "", "train_data", "missing; give a JSONL file with a problem and an answer per line, easy, medium, hard, or a hub set")
     load_reward(cfg.reward)
 
@@ -364,6 +365,8 @@ def nth_problem(position: int, seed: int, size: int) -> int:
 
 def gather(items: list[Any]) -> list[Any]:
     """The lists of all ranks, one after the other, the same on every rank."""
+    if dist.get_world_size() == 1:
+        return items  # gloo would copy them in a thread of its own, whose OpenMP threads then slow down all others on a small CPU
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]

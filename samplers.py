@@ -119,6 +119,32 @@ def cache_bytes(config, dtype: torch.dtype) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * dtype.itemsize
 
 
+def roomy_cache(config):
+    """transformers' growing cache, but with spare room: it would copy all keys and values for each new token."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        spare: dict[str, torch.Tensor] = {}
+
+        def update(self, key, value, *args, **kwargs):
+            if not self.is_initialized:
+                return super().update(key, value)
+            for name, new in (("keys", key), ("values", value)):
+                old, buffer = getattr(self, name), self.spare.get(name)
+                n, m = old.shape[2], new.shape[2]
+                if buffer is None or len(buffer) != len(old) or buffer.shape[2] < n + m:  # full, or rows were dropped
+                    buffer = old.new_empty(*old.shape[:2], n + m + max(32, n // 2), old.shape[3])
+                    buffer[:, :, :n] = old
+                    self.spare = self.spare | {name: buffer}
+                buffer[:, :, n : n + m] = new
+                setattr(self, name, buffer[:, :, : n + m])
+            return self.keys, self.values
+
+    cache = DynamicCache()
+    cache.layers = [RoomyLayer() for _ in range(config.num_hidden_layers)]
+    return cache
+
+
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """torch's attention with grouped heads under a mask, too: transformers would repeat keys and values for it."""
     causal = attention_mask is None and query.shape[2] > 1
@@ -169,8 +195,9 @@ class TransformersSampler:
         ids = full([[0] * (longest - len(p)) + p for p in prompts])  # padding on the left, masked
         mask = full([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
         place = (mask.cumsum(-1) - 1).clamp(min=0)
-        out = self.model(input_ids=ids, attention_mask=mask, position_ids=place, use_cache=True, logits_to_keep=1)
-        cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(n, 0)
+        cache = roomy_cache(self.model.config)
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits = out.logits[:, -1].repeat_interleave(n, 0)
         cache.batch_repeat_interleave(n)  # one pass over a prompt serves its n responses
         mask, place = mask.repeat_interleave(n, 0), place[:, -1:].repeat_interleave(n, 0)
         uniform = torch.stack([  # a number in [0, 1) for each token that may be drawn
@@ -178,17 +205,19 @@ class TransformersSampler:
         ]).to(self.device)  # fmt: skip
         tokens, logprobs = torch.zeros_like(uniform, dtype=torch.int32), torch.zeros_like(uniform)
         lengths, truncated = torch.zeros(len(uniform), dtype=torch.long), torch.ones(len(uniform), dtype=torch.bool)
-        rows = torch.arange(len(uniform), device=self.device)  # responses that still grow
+        rows = torch.arange(len(uniform), device=self.device)  # responses in the batch
+        going = torch.ones_like(rows, dtype=torch.bool)  # those of them that have not ended
         for t in range(limit):
             token, logprob = draw(logits, uniform[rows, t], sampling)
             tokens[rows, t], logprobs[rows, t] = token.int(), logprob
-            going = ~torch.isin(token, self.eos_ids)
-            lengths[rows.cpu()], truncated[rows.cpu()] = t + 1, going.cpu()
+            lengths[rows[going].cpu()] = t + 1
+            going = going & ~torch.isin(token, self.eos_ids)
+            truncated[rows.cpu()] = going.cpu()
             if t + 1 == limit or not going.any():
                 break
-            if not going.all():
+            if going.sum() < 0.75 * len(rows):  # not at each end of a response, for it copies the cache
                 cache.batch_select_indices(going.nonzero()[:, 0])
-                rows, token, mask, place = rows[going], token[going], mask[going], place[going]
+                rows, token, mask, place, going = rows[going], token[going], mask[going], place[going], going[going]
             mask, place = F.pad(mask, (0, 1), value=1), place + 1
             out = self.model(input_ids=token[:, None], attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True)
             logits = out.logits[:, -1]

@@ -93,9 +93,11 @@ def test_what_vllm_does_not_need_is_cache():
 
 def test_a_tied_head_is_packed_once_more_by_vllm_on_a_cpu():
     shape = SHAPES["qwen3-0.6b"]
-    parts = engine_parts(shape, Settings(cpu=True), "no")
+    parts = engine_parts(shape, Settings(cpu=True, max_prompt_tokens=100, max_new_tokens=100), "no")
     assert parts["engine: weights"] == 4 * (shape.parameters + 151_936 * 1024)
     assert parts["engine: KV cache"] == 256 * MIB
+    long = engine_parts(shape, Settings(cpu=True, max_prompt_tokens=1000, max_new_tokens=1000), "no")
+    assert long["engine: KV cache"] == 2 * 2000 * 2 * 4 * 28 * 8 * 128  # two responses: keys and values, float32, 28 layers, 8 heads of 128
 
 
 def test_the_longest_sequence_is_never_cut():

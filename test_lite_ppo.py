@@ -4,7 +4,7 @@ Gradients are compared with a reference that knows nothing of packs, ranks and w
 Some of the tests run again, in processes of their own: on two ranks, and with vLLM, which changes the process that it lives in (see `helpers`).
 """
 
-import functools, inspect, json, math, os, shutil, signal, subprocess, sys, time  # noqa: E401
+import dataclasses, functools, inspect, json, math, os, random, shutil, signal, subprocess, sys, time, typing  # noqa: E401
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -307,6 +307,39 @@ def test_a_mistake_is_named_in_one_message(mistake, named, root, monkeypatch, ca
     out = " ".join(capfd.readouterr().err.replace("│", " ").split())
     assert end.value.code == 2 and "Traceback" not in out and out.count("error: ") <= 1, out
     assert all(word in out for word in named.replace("ROOT", str(root)).split()), out
+
+
+def test_300_fuzzed_configurations_run_or_name_the_culprit(root, monkeypatch, capfd, tmp_path):
+    """Every sixth of the valid ones is really run, or all of them with FUZZ=all in the environment."""
+    rng, train, ends, ran = random.Random(7), lite_ppo.train, [], 0
+    numbers = ["-1", "0", "1", "2", "3", "0.5", "1.5", "1e-3", "-0.1", "nan", "inf", "-inf", "1e30", "9" * 40, "", "many", "0x10", "1,5", "True"]
+    texts = ["", "x", "auto", f"{root}/dev.jsonl", f"{root}/none.jsonl", f"{root}/tied", f"{root}/syntax.py:f", "a/b/c", "toy:huge", "easy ", "-", "\u2028", "a" * 300]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lite_ppo, "connect", lambda cfg: None)
+    monkeypatch.setattr(guard, "install_signals", lambda: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    for i in range(300):
+        line = command_line(root, **{"--steps": "1", "--prompts-per-step": "2", "--group-size": "2", "--output-dir": f"{tmp_path}/{i}", "--eval-every": "0"})
+        fuzzed = rng.sample(dataclasses.fields(Config), rng.choice([1, 1, 2, 3]))
+        for field in fuzzed:
+            flag, choices = "--" + field.name.replace("_", "-"), list(typing.get_args(field.type)) if "Literal" in str(field.type) else []
+            if field.type is bool:
+                line += [rng.choice([flag, flag.replace("--", "--no-", 1)])] + rng.choice([[], [], ["maybe"]])
+            else:
+                pool = [c for c in choices if c != "vllm"] * 2 + ["nonsense"] if choices else numbers if field.type in (int, float) else texts
+                line += [flag, rng.choice(pool)] if rng.random() < 0.97 else [flag]
+        really = os.environ.get("FUZZ") == "all" or i % 6 == 0
+        monkeypatch.setattr(lite_ppo, "train", train if really else lambda cfg: None)
+        monkeypatch.setattr(sys, "argv", ["lite_ppo.py", *line])
+        try:
+            code = lite_ppo.main()
+        except SystemExit as end:
+            code = end.code
+        out = " ".join(capfd.readouterr().err.replace("│", " ").split())
+        assert code in (0, 1, 2) and "Traceback" not in out, (line, code, out[-3000:])
+        assert code == 0 or any("--" + field.name.replace("_", "-") in out for field in fuzzed), (line, code, out[-3000:])
+        ends, ran = ends + [code], ran + (really and code == 0)
+    assert ends.count(0) > 50 and ends.count(2) > 50 and ran > 10, (ends.count(0), ends.count(1), ends.count(2), ran)
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
