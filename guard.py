@@ -97,7 +97,7 @@ def out_of_memory(error: BaseException) -> str:
     if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(word in str(error) for word in words):
         return ""
     remedy = REMEDIES.get(Clock.phase, "a lower --micro-batch-tokens")
-    return f"out of memory; {remedy} helps. benchmarks/memory_plan.py tells what fits. ({str(error).strip().splitlines()[0] if str(error).strip() else 'MemoryError'})"
+    return f"out of memory; {remedy} helps. benchmarks/memory_plan.py tells what fits. ({(str(error).strip() or 'MemoryError').splitlines()[0]})"
 
 
 def describe(error: BaseException, rank: int) -> str:
@@ -105,7 +105,8 @@ def describe(error: BaseException, rank: int) -> str:
     where, text = f"error: rank {rank}, {Clock.where()}", f"{type(error).__name__}: {error}"
     if memory := out_of_memory(error):
         return f"{where}: {memory}"
-    if any(words in text for words in ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "remote process exited", "communicator was aborted")):
+    gone = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "remote process exited", "communicator was aborted")
+    if any(words in text for words in gone):
         return f"{where}: another rank has ended ({text.splitlines()[0][:200]})"
     if isinstance(error, OSError):  # a full disk, a lost mount
         return f"{where}: {text}; checkpoints are as they were, and the same command goes on from the newest one"
@@ -152,6 +153,7 @@ def watch(minutes: float, rank: int, world: int, store=None) -> None:
                 others = tell()
                 print(f"error: rank {rank}, {Clock.where()}: no progress for --timeout-minutes {minutes:g}{others}. Where it is:", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(all_threads=True)
+                sys.stdout.flush()
                 os._exit(1)
 
     threading.Thread(target=loop, daemon=True).start()

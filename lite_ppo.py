@@ -700,11 +700,12 @@ def train(cfg: Config) -> dict[str, float]:
             saver.save(position, policy, optimizer)
             saver.finish(last=True)
         say(f"ended by a signal after step {position.step}; the same command with --output-dir {folder} goes on from there")
+        sampler.close()
         raise
     finally:
         bar.close()
         grader.close()
-        sampler.close()
+    sampler.close()  # not after a failure: it would wait for the other ranks
     return metrics
 
 
@@ -750,6 +751,7 @@ def main() -> int:
     if message and env("LOCAL_RANK", 0) == 0:  # every rank finds the same
         print(f"error: {message}", file=sys.stderr, flush=True)
     if code and env("WORLD_SIZE", 1) > 1:
+        sys.stdout.flush()
         os._exit(code)  # other ranks may be waiting in a collective: do not wait for them; the launcher ends them
     if dist.is_initialized():
         dist.destroy_process_group()

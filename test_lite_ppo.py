@@ -4,7 +4,7 @@ Gradients are compared with a reference that knows nothing of packs, ranks and w
 Some of the tests run again, in processes of their own: on two ranks, and with vLLM, which changes the process that it lives in (see `helpers`).
 """
 
-import dataclasses, functools, inspect, json, math, os, random, shutil, signal, subprocess, sys, time, typing  # noqa: E401
+import dataclasses, functools, inspect, json, math, os, random, shutil, signal, socket, subprocess, sys, time, typing  # noqa: E401
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -508,7 +508,6 @@ def test_a_run_whose_rewards_fail_ends_with_the_reason(root):
 
 FAULTS = {  # name: what happens on rank 1 of 2, what the message must say
     "hung": ("samplers.TransformersSampler.generate = lambda *a: time.sleep(9999)", "rank 1, step 1, rollout: no progress for --timeout-minutes"),
-    "frozen": ("samplers.TransformersSampler.generate = lambda *a: os.kill(os.getpid(), 19)", "rank 1 is behind, in step"),
     "dead": ("lite_ppo.make_pack = lambda *a: os._exit(7)", ["another rank has ended", "exitcode  : 7"]),
     "fails": ("lite_ppo.make_pack = lambda *a: 1 / 0", "rank 1, step 1, step: ZeroDivisionError"),
     "memory": ("lite_ppo.check_gap = lambda *a: torch.empty(2**46)", "rank 1, step 1, update: out of memory; a lower --micro-batch-tokens"),
@@ -524,6 +523,21 @@ def test_a_rank_in_trouble_ends_the_others_soon_and_is_named(fault, root):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", f"{root}/tied/{fault}.py", *line]
     result = subprocess.run(launcher, capture_output=True, text=True, cwd=HERE, env=os.environ | {"PYTHONPATH": str(HERE)}, timeout=120)
     assert result.returncode == 1 and all(words in result.stderr for words in ([said] if isinstance(said, str) else said)), result.stderr[-6000:]
+
+
+def test_a_frozen_rank_is_named_by_the_others(root):
+    what = "if os.environ['RANK'] == '1':\n    samplers.TransformersSampler.generate = lambda *a: os.kill(os.getpid(), signal.SIGSTOP)"
+    code = f"import os, signal, sys, lite_ppo, samplers\n{what}\nsys.exit(lite_ppo.main())"
+    command = [sys.executable, "-c", code, *command_line(root, **{"--output-dir": f"{root}/frozen", "--timeout-minutes": "0.1"})]
+    with socket.socket() as free:  # no launcher: it would wait half a minute before it kills a frozen process
+        free.bind(("127.0.0.1", 0))
+        common = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), PYTHONPATH=str(HERE))
+    ranks = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | common | dict(RANK=i, LOCAL_RANK=i)) for i in "01"]
+    try:
+        _, err = ranks[0].communicate(timeout=100)
+        assert ranks[0].returncode == 1 and "no progress for --timeout-minutes 0.1; rank 1 is behind, in step" in err, err[-6000:]
+    finally:
+        [process.kill() for process in ranks]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -33,7 +33,7 @@ class Args:
     group_sizes: tuple[int, ...] = (4, 8, 16)  # at 2 prompts and the second of the lengths
     ranks: tuple[int, ...] = (1, 2)
     repeats: int = 3  # of the runs on 1 and 2 ranks
-    micro_batch_tokens: int = 1024
+    micro_batch_tokens: int = 4096  # the default of the trainer is 16,384
     output: str = ""  # JSON file
 
 
