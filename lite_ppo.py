@@ -584,21 +584,25 @@ def compute_device() -> torch.device:
 def load_sets(tokenizer, cfg: Config) -> tuple[list[Problem], dict[str, list[Problem]], str]:
     """Training problems, the evaluation sets by name, and what was left out of the former, in words."""
     counts: Counter[str] = Counter()
-    load = functools.partial(load_problems, tokenizer=tokenizer, system_prompt=cfg.system_prompt, max_prompt_tokens=cfg.max_prompt_tokens)
-    try:
-        train_set, counts["too long"] = load(toy.resolve_data(cfg.train_data), counts=counts)
-        sets = {}
-        for item in cfg.eval_data:
-            label, _, name = item.rpartition("=")
-            path = toy.resolve_data(name, split="test")
-            label = label or ("toy" if is_toy(name) else re.sub("[:@].*", "", Path(path).stem))
-            if label in sets:
-                raise UserError(f"--eval-data {item}: there are two sets called {label}; name them: NAME={name}")
-            sets[label], too_long = load(path, limit=cfg.eval_size or None, split="test")
-            if too_long:
-                raise UserError(f"--max-prompt-tokens {cfg.max_prompt_tokens}: {too_long} problems of {path} are longer, and accuracy is over all of them")
-    except ValueError as error:
-        raise UserError(f"--train-data or --eval-data: {error}") from None
+
+    def load(flag: str, name: str, **options) -> tuple[str, list[Problem], int]:
+        try:
+            path = toy.resolve_data(name, split=options["split"])
+            return path, *load_problems(path, tokenizer, cfg.system_prompt, cfg.max_prompt_tokens, **options)
+        except (UserError, ValueError) as error:
+            raise UserError(str(error) if str(error).startswith("--") else f"{flag}: {error}") from None
+
+    _, train_set, counts["too long"] = load("--train-data", cfg.train_data, split="train", counts=counts)
+    sets = {}
+    for item in cfg.eval_data:
+        label, _, name = item.rpartition("=")
+        path, problems, too_long = load("--eval-data", name, split="test", limit=cfg.eval_size or None)
+        label = label or ("toy" if is_toy(name) else re.sub("[:@].*", "", Path(path).stem))
+        if label in sets:
+            raise UserError(f"--eval-data {item}: there are two sets called {label}; name them: NAME={name}")
+        if too_long:
+            raise UserError(f"--max-prompt-tokens {cfg.max_prompt_tokens}: {too_long} problems of {path} are longer, and accuracy is over all of them")
+        sets[label] = problems
     return train_set, sets, ", ".join(f"{n} {reason}" for reason, n in counts.items() if n) or "none"
 
 
@@ -623,6 +627,7 @@ def train(cfg: Config) -> dict[str, float]:
     tokenizer, eos_ids = samplers.load_tokenizer(path, cfg.max_prompt_tokens + cfg.max_new_tokens)
     train_set, sets, left_out = load_sets(tokenizer, cfg)
     data_id = f"{len(train_set)} problems, {seed_for([(p.prompt_ids, p.row['answer']) for p in train_set]):012x}"
+    Clock.tick()  # here and below: each of these may take its time, none of them all of it
     folder = output_dir(cfg)
     checkpoint = find_checkpoint(folder, cfg, data_id)
     say(f"model {cfg.model}, {len(train_set)} training problems (left out: {left_out}), {world} rank(s), {device.type}, {compute_dtype(cfg)}")
@@ -635,7 +640,9 @@ def train(cfg: Config) -> dict[str, float]:
     grader = Grader(cfg.reward, cfg.reward_timeout, workers, cfg.reward_memory_gib)
     # The sampler before the policy: vLLM measures the GPU's free memory when it starts.
     sampler = {"vllm": samplers.VllmSampler, "transformers": samplers.TransformersSampler}[kind](cfg, path, eos_ids, device, compute_dtype(cfg))
+    Clock.tick()
     policy = build_policy(cfg, path, device)
+    Clock.tick()
     reference = build_policy(cfg, path, device, trainable=False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     # A new run begins with the evaluation and the log line of step 0; a resumed one where its checkpoint stands.
@@ -644,6 +651,7 @@ def train(cfg: Config) -> dict[str, float]:
         raise UserError(f"--steps {cfg.steps}: {checkpoint} has {position.step} steps behind it")
     if checkpoint:
         say(f"resumed from {checkpoint}, {position.step} of {cfg.steps} steps done")
+    Clock.tick()
     saver = Checkpoints(folder, cfg, data_id, say)
     log = Log(folder, cfg, position.step) if rank == 0 else None
     bad_steps, metrics = 0, {}

@@ -108,7 +108,7 @@ def load_reward(spec: str) -> Reward:
     if spec in ("math", "exact"):
         return {"math": math_reward, "exact": exact_reward}[spec]
     path, _, name = spec.rpartition(":")
-    if not path.endswith(".py") or not Path(path).is_file():
+    if not path.endswith(".py") or not os.path.isfile(path):
         raise UserError(f"--reward {spec}: neither math nor exact nor an existing FILE.py:FUNCTION")
     module = sys.modules["reward_file"] = types.ModuleType("reward_file")  # where dataclasses and pickle look for it
     module.__file__ = path

@@ -199,7 +199,7 @@ def find_checkpoint(folder: Path, cfg, data_id: str) -> Path | None:
     path = found[-1] if found else None
     if cfg.resume != "auto":
         path = Path(cfg.resume)
-        if not (path / "state.json").is_file():
+        if not os.path.isfile(path / "state.json"):
             raise UserError(f"--resume {cfg.resume}: neither auto nor never nor a checkpoint folder (it would hold state.json)")
         if found and found[-1].resolve() != path.resolve():
             raise UserError(f"--resume {cfg.resume}: --output-dir {folder} holds {found[-1].name}, another one; give another folder")

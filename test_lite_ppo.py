@@ -336,8 +336,9 @@ def test_300_fuzzed_configurations_run_or_name_the_culprit(root, monkeypatch, ca
         except SystemExit as end:
             code = end.code
         out = " ".join(capfd.readouterr().err.replace("│", " ").split())
-        assert code in (0, 1, 2) and "Traceback" not in out, (line, code, out[-3000:])
-        assert code == 0 or any("--" + field.name.replace("_", "-") in out for field in fuzzed), (line, code, out[-3000:])
+        assert code in (0, 1, 2) and "Traceback" not in out, f"{line[34:]} {code} {out[-1500:]}"
+        named = ["--" + field.name.replace("_", "-") for field in fuzzed] + ["Unrecognized options: maybe"]
+        assert code == 0 or any(name in out for name in named), f"{line[34:]} {code} {out[-1500:]}"
         ends, ran = ends + [code], ran + (really and code == 0)
     assert ends.count(0) > 50 and ends.count(2) > 50 and ran > 10, (ends.count(0), ends.count(1), ends.count(2), ran)
 
@@ -510,6 +511,8 @@ FAULTS = {  # name: what happens on rank 1 of 2, what the message must say
     "hung": ("samplers.TransformersSampler.generate = lambda *a: time.sleep(9999)", "rank 1, step 1, rollout: no progress for --timeout-minutes"),
     "dead": ("lite_ppo.make_pack = lambda *a: os._exit(7)", ["another rank has ended", "exitcode  : 7"]),
     "fails": ("lite_ppo.make_pack = lambda *a: 1 / 0", "rank 1, step 1, step: ZeroDivisionError"),
+    "nan": ("c = torch.nn.utils.clip_grad_norm_; torch.nn.utils.clip_grad_norm_ = lambda p, m: (q := list(p), q[0].grad.to_local().fill_(torch.nan), c(q, m))[2]",
+            ["no finite gradient in 3 rollouts in a row", "every loss is finite"]),
     "memory": ("lite_ppo.check_gap = lambda *a: torch.empty(2**46)", "rank 1, step 1, update: out of memory; a lower --micro-batch-tokens"),
 }  # fmt: skip
 
@@ -519,7 +522,7 @@ def test_a_rank_in_trouble_ends_the_others_soon_and_is_named(fault, root):
     what, said = FAULTS[fault]
     code = f"import os, sys, time, torch, lite_ppo, samplers\nif os.environ['RANK'] == '1':\n    {what}\nsys.exit(lite_ppo.main())"
     (root / "tied" / f"{fault}.py").write_text(code)
-    line = command_line(root, **{"--output-dir": f"{root}/{fault}", "--timeout-minutes": "0.1"})
+    line = command_line(root, **{"--output-dir": f"{root}/{fault}", "--timeout-minutes": "0.25"})
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", f"{root}/tied/{fault}.py", *line]
     result = subprocess.run(launcher, capture_output=True, text=True, cwd=HERE, env=os.environ | {"PYTHONPATH": str(HERE)}, timeout=120)
     assert result.returncode == 1 and all(words in result.stderr for words in ([said] if isinstance(said, str) else said)), result.stderr[-6000:]
@@ -528,14 +531,14 @@ def test_a_rank_in_trouble_ends_the_others_soon_and_is_named(fault, root):
 def test_a_frozen_rank_is_named_by_the_others(root):
     what = "if os.environ['RANK'] == '1':\n    samplers.TransformersSampler.generate = lambda *a: os.kill(os.getpid(), signal.SIGSTOP)"
     code = f"import os, signal, sys, lite_ppo, samplers\n{what}\nsys.exit(lite_ppo.main())"
-    command = [sys.executable, "-c", code, *command_line(root, **{"--output-dir": f"{root}/frozen", "--timeout-minutes": "0.1"})]
+    command = [sys.executable, "-c", code, *command_line(root, **{"--output-dir": f"{root}/frozen", "--timeout-minutes": "0.25"})]
     with socket.socket() as free:  # no launcher: it would wait half a minute before it kills a frozen process
         free.bind(("127.0.0.1", 0))
         common = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), PYTHONPATH=str(HERE))
     ranks = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | common | dict(RANK=i, LOCAL_RANK=i)) for i in "01"]
     try:
         _, err = ranks[0].communicate(timeout=100)
-        assert ranks[0].returncode == 1 and "no progress for --timeout-minutes 0.1; rank 1 is behind, in step" in err, err[-6000:]
+        assert ranks[0].returncode == 1 and "no progress for --timeout-minutes 0.25; rank 1 is behind, in step" in err, err[-6000:]
     finally:
         [process.kill() for process in ranks]
 
