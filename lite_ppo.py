@@ -653,6 +653,7 @@ def train(cfg: Config) -> dict[str, float]:
         say(f"resumed from {checkpoint}, {position.step} of {cfg.steps} steps done")
     Clock.tick()
     saver = Checkpoints(folder, cfg, data_id, say)
+    saver.newest = position.step if checkpoint and checkpoint.parent == folder else -1
     log = Log(folder, cfg, position.step) if rank == 0 else None
     bad_steps, metrics = 0, {}
 
@@ -704,7 +705,7 @@ def train(cfg: Config) -> dict[str, float]:
         say(f"{time.time() - began:.0f} s; final model, metrics.jsonl, samples.jsonl, curves.png and TensorBoard events are in {folder}")
     except Stopped:  # nothing of the step in progress has touched the weights
         saver.finish()
-        if position.step and (position.pending is not None or not (folder / f"checkpoint-{position.step}").exists()):
+        if position.step and (position.pending is not None or position.step != saver.newest):
             saver.save(position, policy, optimizer)
             saver.finish(last=True)
         say(f"ended by a signal after step {position.step}; the same command with --output-dir {folder} goes on from there")

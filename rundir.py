@@ -223,6 +223,7 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo")  # the background thread must not mix its messages with the step's
         self.writing: Position | None = None
         self.future, self.error, self.failures = None, None, 0
+        self.newest = -1  # step of the checkpoint that needs no second one
         for path in folder.glob("partial*") if dist.get_rank() == 0 else ():  # of a run that was killed
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         dist.barrier()
@@ -230,7 +231,7 @@ class Checkpoints:
     def save(self, position: Position, policy, optimizer) -> None:
         """Copy the state and start to write it; without --background-save, return when it is written."""
         self.finish()
-        self.writing, self.error = dataclasses.replace(position), None
+        self.writing, self.error, self.newest = dataclasses.replace(position), None, position.step
         storage = dcp.HuggingFaceStorageWriter(str(self.folder / f"partial-{position.step}"), save_distributed=True)
         options = dict(storage_writer=storage, process_group=self.group)
         with Clock()("save"):
@@ -268,6 +269,7 @@ class Checkpoints:
         dist.all_gather_object(errors, self.error and cause(self.error))
         self.failures = self.failures + 1 if any(errors) else 0
         if any(errors):
+            self.newest = -1
             if dist.get_rank() == 0:
                 shutil.rmtree(self.folder / f"partial-{position.step}", ignore_errors=True)
             newest = [path.name for path in checkpoints(self.folder)][-1:] or ["none"]
@@ -281,7 +283,11 @@ class Checkpoints:
         partial = self.folder / f"partial-{position.step}"
         state = dataclasses.asdict(position) | {"config": dataclasses.asdict(self.cfg), "data_id": self.data_id}
         (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        partial.rename(self.folder / f"checkpoint-{position.step}")
+        target, old = self.folder / f"checkpoint-{position.step}", self.folder / f"partial-old-{position.step}"
+        if target.exists():  # saved when a signal came during this step's evaluation
+            target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
         for old in checkpoints(self.folder)[: -self.cfg.keep_checkpoints]:
             shutil.rmtree(old)
 

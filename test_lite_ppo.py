@@ -563,6 +563,22 @@ def test_a_signal_ends_the_run_with_a_checkpoint(number, root):
     assert [row["step"] for row in read(folder / "metrics.jsonl")] == list(range(position["step"] + 2))
 
 
+def test_a_signal_during_an_evaluation_loses_nothing(root, monkeypatch):
+    options, evaluate = dict(steps=4, save_every=2, eval_every=1), lite_ppo.evaluate
+    lite_ppo.train(config(root, output_dir=str(root / "calm"), **options))
+    for _ in range(2):  # the second time while it makes good for the first
+        monkeypatch.setattr(lite_ppo, "evaluate", lambda *args: evaluate(*args) if Clock.step != 2 else (_ for _ in ()).throw(guard.Stopped))
+        with pytest.raises(guard.Stopped):
+            lite_ppo.train(config(root, output_dir=str(root / "stopped"), **options))
+        assert json.loads((root / "stopped/checkpoint-2/state.json").read_text())["pending"]["policy/grad_norm"] > 0
+        assert [row["step"] for row in read(root / "stopped/metrics.jsonl")] == [0, 1]
+    monkeypatch.setattr(lite_ppo, "evaluate", evaluate)
+    lite_ppo.train(config(root, output_dir=str(root / "stopped"), **options))
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        assert read(root / "calm" / file, "time/", "perf/", "memory/") == read(root / "stopped" / file, "time/", "perf/", "memory/")
+    assert [path.name for path in rundir.checkpoints(root / "stopped")] == ["checkpoint-2", "checkpoint-4"] and not list((root / "stopped").glob("partial*"))
+
+
 @pytest.mark.parametrize("words,change", {
     "entropy collapse": {"policy/entropy": 0.001}, "entropy explosion": {"policy/entropy": 5.0}, "short responses": {"response/length_mean": 2.0},
     "truncated responses": {"response/truncated": 0.9}, "nothing to learn": {"reward/std": 0.0}, "failing rewards": {"reward/failed": 0.2},
