@@ -260,6 +260,21 @@ def check_pass_at_k(m):
     close(m.pass_at_k(torch.tensor([2, 4]), 1, 1), [0.5, 0.25])
 
 
+def check_bootstrap_interval(m):
+    low, high = m.bootstrap_interval(T(*[0, 1] * 200))
+    close(low, 0.5 - 1.96 * 0.025, 0.01), close(high, 0.5 + 1.96 * 0.025, 0.01)  # the mean's standard error is (.5 * .5 / 400)^.5 = .025
+    low, high = m.bootstrap_interval(T(*[0, 1] * 200), level=0.5)
+    close(low, 0.5 - 0.6745 * 0.025, 0.006), close(high, 0.5 + 0.6745 * 0.025, 0.006)
+    low, high = m.bootstrap_interval(T(0, 1), draws=4000)  # means 0, .5, .5, 1 in a quarter of the cases each
+    close(low, 0.0), close(high, 1.0)
+    low, high = m.bootstrap_interval(T(0, 1), level=0.4, draws=4000)
+    close(low, 0.5), close(high, 0.5)
+    for P in (1, 7):
+        assert [x.item() for x in m.bootstrap_interval(torch.full((P,), 0.25))] == [0.25, 0.25]
+    skewed = [x.item() for x in m.bootstrap_interval(T(*[0] * 19, 1))]
+    assert skewed[0] == 0 and 0.12 <= skewed[1] <= 0.18  # binomial(20, 1/20): P(at most 2) = .925, P(at most 3) = .984
+
+
 def check_is_looping(m):
     loops, story = m.is_looping, list(range(100, 300))
     assert loops(story + [1, 2, 3] * 30) and loops(torch.tensor(story + [1, 2, 3] * 30 + [1]))
@@ -313,6 +328,7 @@ token_logprobs(logits, token_ids, temperature=1.0)
 entropy(logits, temperature=1.0)
 linear_logprobs(hidden, weight, token_ids, temperature=1.0, chunk=1024)
 pass_at_k(num_samples, num_correct, k)
+bootstrap_interval(values, level=0.95, draws=1000, seed=0)
 is_looping(token_ids, max_period=512, min_repeats=4, min_tokens=64)"""
 
 
@@ -497,6 +513,16 @@ def test_linear_logprobs_equals_the_whole_logits(data, temperature, chunk, mix):
         close(grad(lambda x: pick(*chunked(hidden, x)), weight)[0], expected[1], 1e-9)
 
 
+@given(tensors((1, 9)), st.floats(-2, 2), st.floats(0.1, 2), st.integers(0, 9))
+def test_laws_of_the_bootstrap_interval(x, b, a, seed):
+    low, high = tricks.bootstrap_interval(x, draws=200, seed=seed)
+    assert x.min() - 1e-9 <= low <= high <= x.max() + 1e-9
+    for moved, end in zip(tricks.bootstrap_interval(a * x + b, draws=200, seed=seed), (low, high)):
+        close(moved, a * end + b, 1e-6)
+    narrow = tricks.bootstrap_interval(x, 0.5, 200, seed)
+    assert low <= narrow[0] <= narrow[1] <= high
+
+
 @given(st.integers(1, 60), st.data())
 def test_pass_at_k_equals_the_binomials(n, data):
     c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
@@ -643,6 +669,7 @@ CALLS = {
     "loss_weights": (torch.tensor([3.0, 2.0]), "sequence", flags),
     "aggregate_loss": (lp, torch.ones(2, 3, dtype=torch.bool), "sequence", flags),
     "pass_at_k": (torch.tensor([4.0, 5.0]), torch.tensor([1.0, 2.0]), 2),
+    "bootstrap_interval": (lp.flatten(), 0.9, 50),
     "is_looping": (ids[0],),
 }
 
@@ -668,7 +695,7 @@ def test_dtypes_and_purity(name):
     assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(args, CALLS[name]))
 
 
-@pytest.mark.parametrize("name", [n for n in PUBLIC if n not in ("linear_logprobs", "pass_at_k", "is_looping")])
+@pytest.mark.parametrize("name", [n for n in PUBLIC if n not in ("linear_logprobs", "pass_at_k", "bootstrap_interval", "is_looping")])
 def test_no_value_is_read_back(name):
     """On the meta device there are no values: a function that waits for one, or that makes a CPU tensor, fails."""
     _, out = call(name, lambda x: x.to("meta"))
@@ -747,6 +774,8 @@ ERRORS = {  # function: (arguments, what the message names)
     "pass_at_k": [((x3, x2, 1), "num_correct.*(2,)"), ((2, 3, 1), "num_correct.*3"), ((2, -1, 1), "num_correct.*-1"),
                   ((2, 1, 3), "k must.*3"), ((2, 1, 0), "k must.*0"), ((torch.tensor([2, 3]), 1, 3), "k must.*3"),
                   ((torch.tensor([2, 3]), 3, 1), "num_correct.*3"), ((2, torch.tensor([0, -1]), 1), "num_correct.*-1")],
+    "bootstrap_interval": [((b2,), "values.*(2, 2)"), ((torch.zeros(0),), "values.*(0,)"), ((x2, 1.0), "level.*1.0"), ((x2, 0), "level.*0"),
+                           ((x2, NAN), "level.*nan"), ((x2, 0.95, 0), "draws.*0")],
     "is_looping": [((b2,), "token_ids.*(2, 2)"), ((x2, 0), "max_period.*0"), ((x2, 1, 1), "min_repeats.*1"),
                    ((x2, 1, 2, 0), "min_tokens.*0")],
 }
@@ -814,6 +843,8 @@ MUTANTS = {  # function: (mistake, right, wrong)
         ("keep ignored", "mask.bool() & keep.unsqueeze(1)", "mask.bool()"),
         ("empty responses counted", "(lengths > 0).sum()", "torch.tensor(len(lengths))")],
     "pass_at_k": [("plug-in estimate", "((n - c - j) / (n - j))", "((n - c + 0 * j) / (n + 0 * j))")],
+    "bootstrap_interval": [("one tail", "(1 - level) / 2", "(1 - level)"), ("spread of the values", "values[picks.to(values.device)].mean(1)", "values"),
+                           ("without replacement", "values[picks.to(values.device)]", "values.expand(draws, -1)")],
     "is_looping": [
         ("at the start", "tail[-1] == tail[-1 - period] and tail[-span:-period] == tail[period - span:]",
          "tail[:span - period] == tail[period:span]"),
