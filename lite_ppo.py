@@ -270,7 +270,7 @@ def make_pack(responses: list["Response"], indices: list[int], device: torch.dev
 def packed_attention(module, query, key, value, attention_mask, scaling=None, pack: Pack | None = None, **kwargs):
     """Causal attention within each sequence of a pack: query [1, H, T, D], key and value [1, H_kv, T, D] -> [1, T, H, D].
 
-    On GPUs one kernel takes the lengths. On CPUs each sequence has a call of its own, which is faster than padding them here
+    On GPUs one kernel takes the lengths (not yet run on one). On CPUs each sequence has a call of its own, which is faster than padding them here
     and calling once (benchmarks/packing.py).
     """
     if query.is_cuda:

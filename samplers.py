@@ -243,7 +243,10 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tup
 
 
 class VllmSampler:
-    """vLLM in this process, beside the trainer (tried with 0.32). Every call that depends on its version stands here."""
+    """vLLM in this process, beside the trainer. Every call that depends on its version stands here.
+
+    Run with 0.32 on CPUs, one engine per rank. Not yet run: anything behind `cuda` (sleep, wake), tensor parallelism.
+    """
 
     def __init__(self, cfg, path: str, eos_ids: list[int], device: torch.device, dtype: torch.dtype):
         from transformers import AutoConfig

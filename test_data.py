@@ -1,6 +1,8 @@
 """data.py: hand-written examples, laws, broken files, named mutants. Run: pytest test_data.py
 
 No hub is needed: hub sets are small copies with the true columns, handed out in place of `data.fetch`.
+
+PYTEST_DONT_REWRITE: mutants fail on purpose, and on some machines pytest would spend minutes on the difference of two lists of 5,000 rows.
 """
 
 import codecs, datetime, decimal, inspect, itertools, json, math, random, subprocess, sys, time, types  # noqa: E401
