@@ -83,7 +83,6 @@ def peak_memory() -> float:
 REMEDIES = {
     "start": "more ranks, --cpu-offload, or a lower --gpu-memory-utilization",
     "rollout": "a lower --max-num-seqs or --gpu-memory-utilization",
-    "evaluation": "a lower --max-num-seqs or --gpu-memory-utilization",
     "logprobs": "a lower --micro-batch-tokens",
     "update": "a lower --micro-batch-tokens, --activation-checkpointing, more ranks, or --cpu-offload",
     "sync": "a lower --gpu-memory-utilization, more ranks, or --cpu-offload",
@@ -149,8 +148,8 @@ def watch(minutes: float, rank: int, world: int, store=None) -> None:
                 except RuntimeError:  # the store is gone, and with it the run
                     store = None
             late = time.monotonic() - Clock.since - 60 * minutes
-            if late > 0 and (late > 10 or not (others := tell())):
-                others = tell()
+            others = tell() if late > 0 else ""
+            if late > 0 and (late > 10 or not others):
                 print(f"error: rank {rank}, {Clock.where()}: no progress for --timeout-minutes {minutes:g}{others}. Where it is:", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(all_threads=True)
                 sys.stdout.flush()

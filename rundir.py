@@ -205,9 +205,12 @@ def find_checkpoint(folder: Path, cfg, data_id: str) -> Path | None:
             raise UserError(f"--resume {cfg.resume}: --output-dir {folder} holds {found[-1].name}, another one; give another folder")
         return path
     if path:
-        saved, current = json.loads((path / "state.json").read_text()), dataclasses.asdict(cfg)
-        old = saved["config"] | {"training problems": saved["data_id"]}
-        new = json.loads(json.dumps(current | {"training problems": data_id}))
+        try:
+            saved = json.loads((path / "state.json").read_text())
+            old = saved["config"] | {"training problems": saved["data_id"]}
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: not a checkpoint of this version ({type(error).__name__}: {error}); move it away, or give another --output-dir") from None
+        new = json.loads(json.dumps(dataclasses.asdict(cfg) | {"training problems": data_id}))
         changed = [f"{key}: {old.get(key)} -> {value}" for key, value in new.items() if key not in MAY_CHANGE and old.get(key) != value]
         if changed:
             raise UserError(f"--output-dir {folder}: {path.name} was made with other settings ({'; '.join(changed)}); "

@@ -455,6 +455,10 @@ def test_a_checkpoint_goes_on_with_other_ranks_hybrid_sharding_and_never_with_ot
     }.values():  # fmt: skip
         with pytest.raises(data.UserError, match=message):
             lite_ppo.train(config(root, **dict(output_dir=str(root / "one"), steps=7, **options) | changes))
+    (root / "old/checkpoint-3").mkdir(parents=True)
+    (root / "old/checkpoint-3/state.json").write_text('{"step": 3, "cursor": 12}')
+    with pytest.raises(data.UserError, match="checkpoint-3: not a checkpoint of this version .*config.*move it away"):
+        lite_ppo.train(config(root, output_dir=str(root / "old")))
     lite_ppo.train(config(root, resume=f"{root}/one/checkpoint-6", output_dir=str(root / "fork"), steps=7, clip_high=0.3, **options))
     assert [row["step"] for row in read(root / "fork/metrics.jsonl")] == [7]  # with other settings only where it is asked for
 
