@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings, strategies as st
 
-import data, guard, lite_ppo, rewards, rundir, samplers, toy  # noqa: E401  before transformers: puts broken companions of torch out of the way
+import data, guard, lite_ppo, rundir, samplers, toy  # noqa: E401  before transformers: puts broken companions of torch out of the way
 from lite_ppo import Clock, Config, Problem, Response, build_policy, full_weights, make_pack
 from samplers import Sample, Sampling
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
