@@ -69,7 +69,7 @@ class Config:
 
     # model and data
     preset: Literal["lite_ppo", "paper", "reinforce", "grpo", "dapo", "dr_grpo", "rloo"] = "lite_ppo"  # a bundle of flags
-    model: str = "toy"  # folder or hub id of a Hugging Face causal language model; toy[:small|large][:base|aligned] = the embedded one
+    model: str = "toy"  # folder or hub id of a Hugging Face causal language model; toy[:tiny|small|large][:base|aligned|looping] = the embedded one
     train_data: str = ""  # JSONL or Parquet file, hub set OWNER/NAME[:CONFIG][@SPLIT], the paper's easy|medium|hard, or toy[:easy|medium|hard]
     eval_data: tuple[str, ...] = ()  # held-out sets, any number: as above, math500 aime24 aime25 amc23 minerva olympiadbench gsm8k, or NAME=SET
     system_prompt: str = r"Please reason step by step, and put your final answer within \boxed{}."  # the paper's; "" = none
@@ -458,8 +458,11 @@ def plan_micro_batches(lengths: list[int], budget: int, world: int) -> list[list
         count += 1
 
 
-def update(policy, reference, optimizer, responses: list[Response], advantages: torch.Tensor, step: int, cfg: Config, clock) -> dict[str, float]:
-    """One pass over a rollout in cfg.minibatches optimizer steps. advantages [B]. Returns metrics, the same on all ranks."""
+def update(policy, reference, optimizer, responses: list[Response], advantages: torch.Tensor, step: int, cfg: Config, clock) -> tuple[dict[str, float], torch.Tensor]:
+    """One pass over a rollout in cfg.minibatches optimizer steps. advantages [B].
+
+    Returns metrics and, [2, V], how often each token of the vocabulary was clipped low and high; the same on all ranks.
+    """
     rank, world, device = dist.get_rank(), dist.get_world_size(), compute_device()
     lengths = torch.tensor([len(r.token_ids) for r in responses])
     sizes = [len(r.problem.prompt_ids) + len(r.token_ids) - 1 for r in responses]
@@ -483,6 +486,7 @@ def update(policy, reference, optimizer, responses: list[Response], advantages: 
     names = ("tokens", "entropy", "clip_low", "clip_high", "approx_kl", "reference_kl")
     sums, losses, norms = torch.zeros(len(names), device=device), torch.zeros((), device=device), []
     broken = torch.zeros(len(responses) + 1, device=device)  # non-finite tokens of each response, and of the stand-ins
+    clipped = torch.zeros(2, policy.config.vocab_size, device=device)
     lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))  # steps count from 1
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -508,7 +512,9 @@ def update(policy, reference, optimizer, responses: list[Response], advantages: 
                 with torch.no_grad():
                     broken.index_add_(0, pack.owner % len(broken), (~token_loss.isfinite()).float())
                     real = (pack.owner >= 0).float()
-                    low, high = tricks.clip_masks(*ratio)
+                    low, high = tricks.clip_masks(*ratio)  # False where the advantage is 0, as for a stand-in
+                    for side, mask in zip(clipped, (low, high)):
+                        side.index_add_(0, pack.targets, mask.float())
                     columns = (real, entropy, low, high, tricks.kl_estimate(pack.old_logprobs, logprobs), kl)
                     sums += torch.stack([(real * column).sum() for column in columns])
                     losses += loss.detach()
@@ -521,12 +527,13 @@ def update(policy, reference, optimizer, responses: list[Response], advantages: 
 
     total = torch.cat([sums, losses[None], broken[:-1]])
     dist.all_reduce(total)
+    dist.all_reduce(clipped)
     (tokens, *means, loss), norms = total[: len(names) + 1].tolist(), torch.stack(norms)
     for i in total[len(names) + 1 :].nonzero()[:, 0].tolist():
         responses[i].failure = responses[i].failure or NOT_FINITE
     return {f"policy/{name}": value / tokens for name, value in zip(names[1:], means)} | gap | {
         "policy/loss": loss / len(norms), "policy/grad_norm": float(norms.mean()), "policy/skipped": int((~norms.isfinite()).sum()), "policy/lr": lr,
-    }  # fmt: skip
+    }, clipped  # fmt: skip
 
 
 def check_gap(packs: list[Pack], step: int, cfg: Config) -> dict[str, float]:
@@ -672,11 +679,13 @@ def train(cfg: Config) -> dict[str, float]:
                     sampler.sleep()
                     rewards = shape_rewards(responses, cfg)
                     advantages = compute_advantages(rewards, cfg)  # trick 1
-                    stats = update(policy, reference, optimizer, responses, advantages.flatten(), step, cfg, clock)  # trick 2
+                    stats, clipped = update(policy, reference, optimizer, responses, advantages.flatten(), step, cfg, clock)  # trick 2
                     sync(clock)
+                stats["rollout/responses"] = (cursor - position.cursor) * cfg.group_size
                 position = Position(step, cursor, rollout_metrics(responses, rewards, clock, policy.config, world) | stats)
                 if rank == 0:
                     log.samples(step, responses, rewards, advantages, cfg.samples_per_step)
+                    log.clipped(step, clipped, tokenizer)
                 bad_steps = bad_steps + 1 if stats["policy/skipped"] else 0
                 if bad_steps:
                     say(f"warning: step {step}: {stats['policy/skipped']} optimizer step(s) skipped, the gradient is not finite; " + blame(responses, folder))
@@ -691,7 +700,7 @@ def train(cfg: Config) -> dict[str, float]:
             if rank == 0:
                 for warning in log.metrics(step, metrics):
                     say(f"warning: step {step}: {warning}")
-                if step % 20 == 0 or step == cfg.steps:
+                if (step and step % 20 == 0) or step == cfg.steps:
                     log.curves()
                 bar.set_postfix({name: f"{metrics.get(key, 0):.3g}" for name, key in (("reward", "reward/mean"), ("length", "response/length_mean"),
                                 ("entropy", "policy/entropy"), ("tok/s", "perf/rollout_tokens_per_s"))})  # fmt: skip

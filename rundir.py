@@ -34,6 +34,7 @@ def rollout_metrics(responses: list, rewards: torch.Tensor, clock: Clock, config
     metrics = {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
+        "reward/std_within": float((rewards - rewards.mean(1, keepdim=True)).square().mean().sqrt()),
         "reward/solve_all": float(correct.all(1).float().mean()),
         "reward/solve_none": float((~correct.any(1)).float().mean()),
         "reward/failed": float(np.mean([r.failure != "" for r in responses])),
@@ -69,7 +70,7 @@ def train_flops(config, length: int, predicted: int) -> float:
 
 
 class Log:
-    """metrics.jsonl, samples.jsonl, TensorBoard events and curves.png, written by rank 0."""
+    """metrics.jsonl, samples.jsonl, clipped.jsonl, TensorBoard events and curves.png, written by rank 0."""
 
     def __init__(self, folder: Path, cfg, start: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -77,7 +78,7 @@ class Log:
         self.folder, self.tensorboard = folder, SummaryWriter(str(folder), purge_step=start + 1 if start else None)
         self.rows, self.warned = [], set()
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-        for name in ("metrics.jsonl", "samples.jsonl"):  # a resumed run repeats what came after its checkpoint
+        for name in ("metrics.jsonl", "samples.jsonl", "clipped.jsonl"):  # a resumed run repeats what came after its checkpoint
             rows = [row for row in read_jsonl(folder / name) if row["step"] <= start]
             (folder / "partial.jsonl").write_text("".join(map(to_line, rows)), encoding="utf-8")
             os.replace(folder / "partial.jsonl", folder / name)
@@ -108,6 +109,16 @@ class Log:
             file.writelines(map(to_line, rows))
         for row in rows[:1]:  # TensorBoard renders Markdown and HTML: a model's text must be neither
             self.tensorboard.add_text("sample", f"<pre>{html.escape(row['prompt'] + chr(10) * 2 + row['response'])}</pre>", step)
+
+    def clipped(self, step: int, counts: torch.Tensor, tokenizer) -> None:
+        """The 20 tokens that were clipped most, by side, with counts [2, V]; no line where nothing was clipped."""
+        row = {"step": step}
+        for side, of_tokens in zip(("low", "high"), counts.cpu()):
+            number, ids = of_tokens.topk(min(20, len(of_tokens)))
+            row[side] = [[tokenizer.decode([i]), int(n)] for i, n in zip(ids.tolist(), number.tolist()) if n]
+        if row["low"] or row["high"]:
+            with open(self.folder / "clipped.jsonl", "a", encoding="utf-8") as file:
+                file.write(to_line(row))
 
     def curves(self) -> None:
         from matplotlib.figure import Figure

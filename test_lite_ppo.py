@@ -80,7 +80,8 @@ def start_ranks() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def helpers(request, root):
     """Processes that work while other tests run; helpers(name) waits for one, and returns what it printed."""
-    tests = {"two_ranks": "test_gradient_and_metrics test_named_mutants test_every_preset_runs[lite_ppo] test_a_forgotten_sync_stops_the_run".split()}
+    tests = {"two_ranks": """test_gradient_and_metrics test_named_mutants test_clipped_tokens_are_counted test_every_preset_runs[lite_ppo]
+        test_a_forgotten_sync_stops_the_run""".split()}
     tests["vllm"] = ["test_every_preset_runs[grpo]", *(name for name in globals() if name.startswith("test_sampler"))]
     commands = {name: ["-m", "pytest", "-xqrs", *(f"{__file__}::{test}" for test in chosen)] for name, chosen in tests.items()}
     commands["two_ranks"] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *commands["two_ranks"]]
@@ -150,10 +151,11 @@ def run_update(case: str, root: Path, mistake: str = "", **changes) -> tuple[lis
     optimizer, scope = torch.optim.SGD(policy.parameters()), dict(vars(lite_ppo))
     optimizer.register_step_pre_hook(lambda *_: gradients.append({name: p.grad.full_tensor().clone() for name, p in policy.named_parameters()}))
     if mistake:
-        (_, right, wrong), source = MUTANTS[mistake], inspect.getsource(make_pack) + inspect.getsource(lite_ppo.update)
+        (_, right, wrong), source = (MUTANTS | UNCOUNTED)[mistake], inspect.getsource(make_pack) + inspect.getsource(lite_ppo.update)
         assert right in source, f"the line of the mutant {mistake!r} has changed"
         exec(source.replace(right, wrong), scope)
-    return gradients, scope["update"](policy, reference, optimizer, responses, advantages, 7, cfg, Clock())
+    metrics, clipped = scope["update"](policy, reference, optimizer, responses, advantages, 7, cfg, Clock())
+    return gradients, metrics | {f"{side} {token}": int(n) for side, counts in zip(("low", "high"), clipped) for token, n in enumerate(counts)}
 
 
 @functools.cache
@@ -162,7 +164,7 @@ def expected(case: str, root: Path) -> tuple[list[dict], dict]:
     (cfg, responses, advantages), model = the_case(case, root), load_model(root / "tied", dtype=torch.float64)
     now = lambda r: predictions(model, r.problem.prompt_ids, r.token_ids, cfg.temperature)  # noqa: E731
     old = [now(r)[0].detach() for r in responses]  # the reference model's, too
-    gradients, losses, sums = [], [], np.zeros(6)
+    gradients, losses, sums, clipped = [], [], np.zeros(6), {f"{side} {token}": 0 for side in ("low", "high") for token in range(21)}
     for members in np.array_split(lite_ppo.permutation(len(responses), cfg.seed, "minibatches", 7), cfg.minibatches):
         kept = [i for i in members if not (cfg.overlong_filter and responses[i].truncated)]
         tokens, total = sum(len(responses[i].token_ids) for i in kept), torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -178,6 +180,8 @@ def expected(case: str, root: Path) -> tuple[list[dict], dict]:
                 rho, entropy = ratio.item(), -(full[t].exp() * full[t]).sum().item()
                 low, high = A < 0 and rho < 1 - cfg.clip_low, A > 0 and rho > 1 + cfg.clip_high
                 sums += [1, entropy, low, high, rho - 1 - math.log(rho), kl.item() * (cfg.kl_coef > 0)]
+                clipped[f"low {responses[i].token_ids[t]}"] += low
+                clipped[f"high {responses[i].token_ids[t]}"] += high
         total.backward()
         gradients.append({name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()})
         losses.append(total.item())
@@ -185,7 +189,8 @@ def expected(case: str, root: Path) -> tuple[list[dict], dict]:
         with torch.no_grad():
             [p.sub_(RATE * gradients[-1][name]) for name, p in model.named_parameters()]
     names = ("entropy", "clip_low", "clip_high", "approx_kl", "reference_kl")
-    return gradients, {f"policy/{name}": value for name, value in zip(names, sums[1:] / sums[0])} | {"policy/loss": np.mean(losses), "policy/skipped": 0}
+    averages = {f"policy/{name}": value for name, value in zip(names, sums[1:] / sums[0])}
+    return gradients, averages | clipped | {"policy/loss": np.mean(losses), "policy/skipped": 0}
 
 
 def difference(gradients: list[dict], truth: list[dict]) -> float:
@@ -217,12 +222,26 @@ MUTANTS = {  # mistake: the case that notices it, a part of update() or make_pac
     "temperature forgotten": ("everything on", "policy.response_logprobs(pack, cfg.temperature)", "policy.response_logprobs(pack, 1.0)"),
     "predicted one token too early": ("token", "s + len(prompt) - 1, s + n", "s + len(prompt) - 2, s + n - 1"),
     "KL forgotten": ("everything on", "cfg.kl_coef * kl", "0 * kl"),
+}
+UNCOUNTED = {  # the same, of the tokens that are clipped
+    "sides swapped": ("token", "zip(clipped, (low, high))", "zip(clipped, (high, low))"),
+    "the token before": ("token", "side.index_add_(0, pack.targets,", "side.index_add_(0, pack.targets.roll(1),"),
+    "of this rank": ("token", "    dist.all_reduce(clipped)\n", ""),
+    "of the last micro-batch": ("token", "for side, mask in zip(clipped,", "clipped.zero_()\n                    for side, mask in zip(clipped,"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", [mistake for mistake in MUTANTS if WORLD > 1 or "ranks" not in mistake])
 def test_named_mutants(mistake, root):
     assert difference(run_update(MUTANTS[mistake][0], root, mistake, micro_batch_tokens=12)[0], expected(MUTANTS[mistake][0], root)[0]) > 1e-3
+
+
+@pytest.mark.parametrize("mistake", [mistake for mistake in UNCOUNTED if WORLD > 1 or "rank" not in mistake])
+def test_clipped_tokens_are_counted(mistake, root):
+    case = UNCOUNTED[mistake][0]
+    truth = {key: n for key, n in expected(case, root)[1].items() if key.startswith(("low ", "high "))}
+    of = lambda metrics: {key: metrics[key] for key in truth}  # noqa: E731
+    assert of(run_update(case, root, micro_batch_tokens=12)[1]) == truth != of(run_update(case, root, mistake, micro_batch_tokens=12)[1])
 
 
 def test_the_cases_exercise_what_they_should_and_gradients_are_clipped_or_skipped(root, monkeypatch):
@@ -373,6 +392,13 @@ def test_the_script_learns_and_writes_everything_down(helpers, root):
     rewards, advantages = (np.array([s[key] for s in samples]).reshape(16, 8, 8) for key in ("reward", "advantage"))
     std = rewards.std((1, 2), ddof=1, keepdims=True)
     assert np.allclose(advantages, (rewards - rewards.mean(2, keepdims=True)) / (std + 1e-6), atol=1e-5)  # trick 1, end to end
+    assert rows[1]["rollout/responses"] == 64 and rows[1]["reward/std_within"] == pytest.approx(np.sqrt(np.mean((rewards[0] - rewards[0].mean(1, keepdims=True)) ** 2)))
+    clipped = {row["step"]: row for row in read(folder / "clipped.jsonl")}
+    for row in rows[1:]:  # the counts of the tokens are the clip fractions
+        for side in ("low", "high"):
+            counts = [n for _, n in clipped.get(row["step"], {}).get(side, [])]
+            assert sum(counts) == round(row[f"policy/clip_{side}"] * row["response/length_mean"] * 64) and counts == sorted(counts, reverse=True)
+    assert len(clipped) > 8 and {token for row in clipped.values() for token, _ in row["low"] + row["high"]} <= {*"0123456789+=?}\n", "\\boxed{", "<eos>", "<pad>", "<unk>", "<user>", "<assistant>"}
     assert json.loads((folder / "config.json").read_text()) == json.loads(json.dumps(vars(lite_ppo.parse_config(command_line(root)))))
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG") and list(folder.glob("events.out.tfevents*"))
 

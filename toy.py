@@ -6,9 +6,10 @@ worked solution has three lines: 7+8=15, 15+5=20, \\boxed{20}<eos>.
 
 The base model is warmed up on clean solutions, then on careless ones: steps slip, operands get lost, some break off and start
 again. It knows the arithmetic and does it carelessly, solving some problems by sampling and most within a few tries: what
-reinforcement learning needs to start from. The aligned variant saw clean solutions only, and more of them.
+reinforcement learning needs to start from. The aligned variant saw nearly clean solutions, and more of them; the looping one
+also gets stuck, and runs into the length limit.
 
-    python toy.py [--size small|large] [--variant base|aligned] [--seed 0]      # makes them, prints where they are
+    python toy.py [--size tiny|small|large] [--variant base|aligned|looping] [--seed 0]      # makes them, prints where they are
 """
 import argparse
 import hashlib
@@ -21,13 +22,16 @@ import time
 import zlib
 from pathlib import Path
 
-SIZES = {  # the small one ties its embeddings and the large one does not, as Qwen3-4B and Qwen3-8B
+SIZES = {
+    "tiny": dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=192, tie_word_embeddings=True),
+    # the small one ties its embeddings and the large one does not, as Qwen3-4B and Qwen3-8B
     "small": dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, tie_word_embeddings=True),
     "large": dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=6, intermediate_size=512, tie_word_embeddings=False),
 }
 VARIANTS = {  # warm-up steps and noise, see solution()
     "base": dict(steps=400, slip=0.08, drop=0.02, ramble=0.10),
-    "aligned": dict(steps=600, slip=0.0, drop=0.0, ramble=0.0),
+    "aligned": dict(steps=600, slip=0.02, drop=0.0, ramble=0.0),
+    "looping": dict(steps=400, slip=0.08, drop=0.02, ramble=0.10, loop=0.45),  # base, and one in ten gets stuck (long ones weigh little per token)
 }
 DIFFICULTIES = {"easy": (3, 4), "medium": (5, 6), "hard": (7, 8)}  # number of operands
 SPLITS = {"train": 3000, "test": 300}  # number of problems
@@ -48,12 +52,13 @@ def draw(rng, difficulty, test=False):
             return problem
 
 
-def solution(rng, problem, slip=0.0, drop=0.0, ramble=0.0):
+def solution(rng, problem, slip=0.0, drop=0.0, ramble=0.0, loop=0.0):
     """Running sums, one per line, then the boxed answer. Steps go wrong with chance `slip`, operands get lost with chance `drop`.
-    With chance `ramble` it breaks off and starts again, twice as careless; the third break is the end, with no answer."""
-    digits, lines = [int(digit) for digit in problem.split("+")], []
+    With chance `ramble` it breaks off and starts again, twice as careless; the third break is the end, with no answer.
+    With chance `loop` it gets stuck where it breaks off and says no more than "?", without an end-of-sequence (here 256 tokens long)."""
+    digits, lines, stuck = [int(digit) for digit in problem.split("+")], [], loop and rng.random() < loop
     for attempt in range(3):
-        breaks_off = rng.random() < (0.5 if attempt else ramble)
+        breaks_off = stuck or rng.random() < (0.5 if attempt else ramble)
         total = digits[0]
         for digit in digits[1:rng.randrange(1, len(digits)) if breaks_off else None]:
             if rng.random() < drop:
@@ -66,6 +71,8 @@ def solution(rng, problem, slip=0.0, drop=0.0, ramble=0.0):
         if not breaks_off:
             return "".join(lines) + f"\\boxed{{{total}}}{EOS}"
         lines.append("?\n")
+        if stuck:
+            return ("".join(lines) + "?\n" * 128)[:256]
     return "".join(lines)
 
 
@@ -179,7 +186,7 @@ def problems(difficulty="medium", split="train", seed=0, cache_dir=None):
 
 
 def resolve_model(name):
-    """Path for "toy[:small|large][:base|aligned]" (made if absent); any other name comes back as it is."""
+    """Path for "toy[:tiny|small|large][:base|aligned|looping]" (made if absent); any other name comes back as it is."""
     parts = parse(name, size=SIZES, variant=VARIANTS)
     return name if parts is None else str(build(**parts))
 
