@@ -695,6 +695,7 @@ def train(cfg: Config) -> dict[str, float]:
                     log.curves()
                 bar.set_postfix({name: f"{metrics.get(key, 0):.3g}" for name, key in (("reward", "reward/mean"), ("length", "response/length_mean"),
                                 ("entropy", "policy/entropy"), ("tok/s", "perf/rollout_tokens_per_s"))})  # fmt: skip
+            guard.tidy()
             if cfg.save_every and step and (step % cfg.save_every == 0 or step == cfg.steps):
                 saver.save(position, policy, optimizer)
         saver.finish(last=True)

@@ -68,6 +68,15 @@ def train_flops(config, length: int, predicted: int) -> float:
     return 6 * (layers * block * length + config.vocab_size * hidden * predicted) + 6 * layers * heads * head_dim * length**2
 
 
+PANELS = {"reward": ["reward/mean"], "response length (tokens)": ["response/length_mean"], "entropy (nats per token)": ["policy/entropy"],
+          "clipped tokens (share)": ["policy/clip_low", "policy/clip_high"], "gradient norm": ["policy/grad_norm"]}  # fmt: skip
+
+
+def for_curves(row: dict) -> dict:
+    """What curves.png shows of a row; `warnings` needs no more of the first one."""
+    return {key: value for key, value in row.items() if key == "step" or key.endswith("/accuracy") or any(key in keys for keys in PANELS.values())}
+
+
 class Log:
     """metrics.jsonl, samples.jsonl, TensorBoard events and curves.png, written by rank 0."""
 
@@ -82,11 +91,12 @@ class Log:
             (folder / "partial.jsonl").write_text("".join(map(to_line, rows)), encoding="utf-8")
             os.replace(folder / "partial.jsonl", folder / name)
             if name == "metrics.jsonl":
-                self.rows = rows
+                self.rows = [*map(for_curves, rows[:-5]), *rows[-5:]]
 
     def metrics(self, step: int, values: dict[str, float]) -> list[str]:
         """Write them down. Returns warnings in words, each of them once a run."""
         self.rows.append({"step": step} | values)
+        self.rows[-6:-5] = map(for_curves, self.rows[-6:-5])  # a long run must not grow by all that it has ever measured
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(to_line(self.rows[-1]))
         for name, value in values.items():
@@ -114,9 +124,7 @@ class Log:
 
         rows = self.rows
         accuracies = sorted({key for row in rows for key in row if key.endswith("/accuracy")})
-        panels = {"held-out accuracy": accuracies, "reward": ["reward/mean"], "response length (tokens)": ["response/length_mean"],
-                  "entropy (nats per token)": ["policy/entropy"], "clipped tokens (share)": ["policy/clip_low", "policy/clip_high"],
-                  "gradient norm": ["policy/grad_norm"]}  # fmt: skip
+        panels = {"held-out accuracy": accuracies} | PANELS
         figure = Figure(figsize=(12, 6), layout="constrained")
         for axes, (title, keys) in zip(figure.subplots(2, 3).flat, panels.items()):
             for key in keys:
