@@ -6,15 +6,18 @@ import faulthandler
 import gc
 import os
 import resource
+import secrets
 import signal
 import sys
 import threading
 import time
 import traceback
 from collections import defaultdict
+from datetime import timedelta
 from typing import Any, Callable
 
 import torch
+import torch.distributed as dist
 
 
 class RunError(Exception):
@@ -133,6 +136,34 @@ def describe(error: BaseException, rank: int) -> str:
     if isinstance(error, OSError):  # a full disk, a lost mount
         return f"{where}: {text}; checkpoints are as they were, and the same command goes on from the newest one"
     return "".join(traceback.format_exception(error)) + f"{where}: {text}"
+
+
+# ---- ranks that find each other --------------------------------------------------------------------------------------
+
+
+def fresh_store(store, rank: int, world: int, limit: timedelta) -> tuple[Any, int, int]:
+    """The launcher's store without what an earlier life of this run has left there; (store, rank, world).
+
+    torchrun keeps one store over its restarts (pytorch issue 135712): ranks would call at addresses of the dead. No number that it gives
+    them is the same on all machines, so rank 0 draws a name for this life, and each other rank asks for it with a word that is new.
+    """
+    life, end, absent = secrets.token_hex(8), time.monotonic() + limit.total_seconds(), set(range(1, world))
+    try:
+        if rank:
+            store.set(f"ask/{rank}", life)
+            store.wait([f"answer/{life}"], limit)
+            life = store.get(f"answer/{life}").decode()
+            store.set(f"{life}/joined/{rank}", "")
+        while rank == 0 and absent:  # an answer to the word of a dead rank harms nobody: its successor has a new one
+            for other in [other for other in absent if store.check([f"ask/{other}"])]:
+                store.set("answer/" + store.get(f"ask/{other}").decode(), life)
+            absent = {other for other in absent if not store.check([f"{life}/joined/{other}"])}
+            if time.monotonic() > end:
+                raise RunError(f"ranks {sorted(absent)} of {world} have not come within {limit}; are all machines up, and can they reach each other?")
+            time.sleep(0.01)
+    except dist.DistError as error:
+        raise RunError(f"rank {rank} of {world} does not find the others within {limit}: {str(error).splitlines()[0][:200]}") from None
+    return dist.PrefixStore(life, store), rank, world
 
 
 # ---- a rank that hangs -----------------------------------------------------------------------------------------------

@@ -733,9 +733,10 @@ def connect(cfg: Config) -> None:
     limit, store, rank, world = timedelta(minutes=cfg.timeout_minutes + 2), dist.HashStore(), 0, 1  # the watchdog speaks first
     if "MASTER_ADDR" in os.environ:
         try:
-            store, rank, world = next(dist.rendezvous("env://", timeout=limit))
-        except dist.DistNetworkError as error:
-            raise UserError(f"MASTER_PORT {os.environ.get('MASTER_PORT')}: {error}; is another run using it? torchrun --master-port takes another") from None
+            store, rank, world = guard.fresh_store(*next(dist.rendezvous("env://", timeout=limit)), limit)
+        except (dist.DistNetworkError, ValueError) as error:
+            where = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ.get('MASTER_PORT')}"
+            raise UserError(f"{where}: {error}; is another run using the port? torchrun --master-port takes another") from None
     # gloo beside nccl: objects, checkpoints and offloaded gradients travel through host memory.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=world, timeout=limit)
     guard.watch(cfg.timeout_minutes, rank, world, store.clone() if world > 1 else None)
