@@ -675,6 +675,7 @@ def train(cfg: Config) -> dict[str, float]:
                     stats = update(policy, reference, optimizer, responses, advantages.flatten(), step, cfg, clock)  # trick 2
                     sync(clock)
                 position = Position(step, cursor, rollout_metrics(responses, rewards, clock, policy.config, world) | stats)
+                saver.finish()  # what is half-written may fill the disk for a while; the logs come after it
                 if rank == 0:
                     log.samples(step, responses, rewards, advantages, cfg.samples_per_step)
                 bad_steps = bad_steps + 1 if stats["policy/skipped"] else 0
@@ -683,7 +684,6 @@ def train(cfg: Config) -> dict[str, float]:
                 if bad_steps >= cfg.max_skipped_steps:
                     raise RunError(f"no finite gradient in {bad_steps} rollouts in a row (--max-skipped-steps); " + blame(responses, folder))
                 bar.update()
-            saver.finish()
             metrics = dict(position.pending)
             if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
                 metrics |= evaluate(sampler, grader, tokenizer, sets, cfg, say)

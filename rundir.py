@@ -101,6 +101,7 @@ class Log:
             file.write(to_line(self.rows[-1]))
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
+        self.tensorboard.flush()  # its thread may lag behind; a killed run must not lack what came before its checkpoint
         news = [text for text in warnings(self.rows) if text.split(":")[0] not in self.warned]
         self.warned |= {text.split(":")[0] for text in news}
         return news
