@@ -53,7 +53,7 @@ import tricks
 from data import Problem, UserError, load_problems
 from guard import Clock, RunError, Signals, Stopped
 from rewards import Grader, load_reward
-from rundir import Checkpoints, Log, Position, find_checkpoint, load_checkpoint, rollout_metrics, save_model
+from rundir import Checkpoints, Log, Position, check_space, find_checkpoint, load_checkpoint, rollout_metrics, save_model
 from samplers import Sampling, build_model
 
 
@@ -630,6 +630,7 @@ def train(cfg: Config) -> dict[str, float]:
     Clock.tick()  # here and below: each of these may take its time, none of them all of it
     folder = output_dir(cfg)
     checkpoint = find_checkpoint(folder, cfg, data_id)
+    check_space(folder, path, cfg)
     say(f"model {cfg.model}, {len(train_set)} training problems (left out: {left_out}), {world} rank(s), {device.type}, {compute_dtype(cfg)}")
     say(f"sampler {kind}: {reason}")
     if cfg.top_p < 1 or cfg.top_k:

@@ -227,6 +227,30 @@ def find_checkpoint(folder: Path, cfg, data_id: str) -> Path | None:
     return path
 
 
+def check_space(folder: Path, model: str, cfg) -> None:
+    """An error before models load, if the final model and the checkpoints that will stand beside each other do not fit on the disk of `folder`."""
+    parameters = stored = 0
+    for path in Path(model).glob("*.safetensors"):
+        size = path.stat().st_size
+        try:
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                tensors = [tensor for name, tensor in json.loads(file.read(min(size, length))).items() if name != "__metadata__"]
+            parameters += sum(math.prod(tensor["shape"]) for tensor in tensors)
+            if (whole := 8 + length + max(tensor["data_offsets"][1] for tensor in tensors)) != size:
+                raise ValueError(f"{size} bytes instead of {whole}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"--model {model}: {path.name} is no whole safetensors file ({type(error).__name__}: {error}); download or copy it again") from None
+        stored += size
+    count = min(cfg.keep_checkpoints + 1, -(-cfg.steps // cfg.save_every)) if cfg.save_every else 0  # the newest is whole before the oldest goes
+    need = stored + count * 12 * parameters  # float32: weights and two moments
+    free = shutil.disk_usage(folder).free
+    room = free + sum(path.stat().st_size for path in folder.glob("*-*/*"))  # an earlier run's checkpoints, whole and half-written, make way
+    if need > room:
+        raise UserError(f"--output-dir {folder}: {free / 2**30:.2f} GiB free, and this run needs {(need - room + free) / 2**30:.2f} more: {stored / 2**30:.2f} for the final model and "
+                        f"{12 * parameters / 2**30:.2f} for each of {count} checkpoints. Make room, give another folder, a lower --keep-checkpoints or a higher --save-every")  # fmt: skip
+
+
 class Checkpoints:
     """Writes sharded checkpoints (safetensors, no pickle), in the background if asked, and shows each only when it is whole."""
 
