@@ -355,6 +355,7 @@ class Response:
     text: str
     score: float  # what the reward function said
     failure: str  # why it said nothing
+    seconds: float = 0.0  # that the verdict took
 
 
 def nth_problem(position: int, seed: int, size: int) -> int:
@@ -384,7 +385,7 @@ def sample(sampler, grader, tokenizer, problems: list[Problem], seeds: list[int]
     with clock("reward"):
         pairs = [(i, s, tokenizer.decode(s.token_ids.tolist(), skip_special_tokens=True)) for i, group in zip(mine, samples) for s in group]
         verdicts = guard.interruptible(lambda: grader([text for _, _, text in pairs], [problems[i].row for i, _, _ in pairs]), [])
-        graded = [(i, *s, text, *verdict) for (i, s, text), verdict in zip(pairs, verdicts)]
+        graded = [(i, *s, text, *verdict, took) for (i, s, text), verdict, took in zip(pairs, verdicts, grader.seconds)]
         if any(gather([Signals.received])):  # on any rank: all leave here, together
             raise Stopped
         responses = [Response(problems[i], *rest) for i, *rest in sorted(gather(graded), key=lambda r: r[0])]

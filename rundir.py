@@ -46,6 +46,7 @@ def rollout_metrics(responses: list, rewards: torch.Tensor, clock: Clock, config
         "perf/peak_memory_gib": max(clock.memory.values()),
     }
     metrics |= {f"time/{phase}": seconds[phase] for phase in ("rollout", "reward", "logprobs", "update", "sync", "step")}
+    metrics["time/slowest_reward"] = max(r.seconds for r in responses)
     metrics |= {f"memory/{phase}_gib": clock.memory[phase] for phase in ("rollout", "logprobs", "update", "sync")}
     for peak in [flops for name, flops in PEAK_FLOPS.items() if torch.cuda.is_available() and name in torch.cuda.get_device_name()]:
         metrics["perf/mfu"] = sum(train_flops(config, n, m) for n, m in zip(sizes, lengths)) / (seconds["update"] * peak * world)
@@ -112,7 +113,7 @@ class Log:
         chosen = sorted({*np.linspace(0, len(responses) - 1, min(count, len(responses)), dtype=int).tolist(), *failed})
         rows = [
             dict(step=step, prompt=r.problem.row["problem"], response=r.text, reward=float(rewards.flatten()[i]), gold=r.problem.row["answer"],
-                 advantage=float(advantages.flatten()[i]), truncated=r.truncated, length=len(r.token_ids), failure=r.failure)
+                 advantage=float(advantages.flatten()[i]), truncated=r.truncated, length=len(r.token_ids), failure=r.failure, **{"time/reward": r.seconds})
             for i, r in ((i, responses[i]) for i in chosen)
         ]  # fmt: skip
         with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
