@@ -107,10 +107,10 @@ def main() -> int:
                              most_first=round(most[0][1], 1), most_last=round(most[-1][1], 1), most_per_100_steps=slope(most), held=[round(mib, 1) for _, mib in held],
                              most=[round(mib, 1) for _, mib in most], files_first=numbers[0], files_last=numbers[-1]))  # fmt: skip
     print(f"{args.steps} steps in {seconds:.0f} s, exit code {code}")
-    print(f"{'process':<10}{'held, MiB':>18}{'per 100 steps':>15}{'most, MiB':>20}{'per 100 steps':>15}{'open files':>14}")
+    print(f"{'process':<10}{'held, MiB':>19}{'per 100 steps':>14}{'most, MiB':>19}{'per 100 steps':>14}{'open files':>15}")
     for row in rows:
-        print(f"{row['process']:<10}{row['held_first']:>8.1f} -> {row['held_last']:<8.1f}{row['held_per_100_steps']:>13.2f}{row['most_first']:>10.1f} -> {row['most_last']:<8.1f}"
-              f"{row['most_per_100_steps']:>13.2f}{row['files_first']:>8} -> {row['files_last']}")  # fmt: skip
+        held, most = (f"{row[f'{name}_first']:>9.1f} -> {row[f'{name}_last']:<6.1f}{row[f'{name}_per_100_steps']:>14.2f}" for name in ("held", "most"))
+        print(f"{row['process']:<10}{held}{most}{row['files_first']:>9} -> {row['files_last']}")
     late_counts = [n for step, n in counts if step >= args.steps / 2]
     laws = {
         "exit code 0, each step once": code == 0 and steps_done == list(range(args.steps + 1)),
