@@ -248,8 +248,12 @@ def check_space(folder: Path, model: str, cfg) -> None:
     free = shutil.disk_usage(folder).free
     room = free + sum(path.stat().st_size for path in folder.glob("*-*/*"))  # an earlier run's checkpoints, whole and half-written, make way
     if need > room:
-        raise UserError(f"--output-dir {folder}: {free / 2**30:.2f} GiB free, and this run needs {(need - room + free) / 2**30:.2f} more: {stored / 2**30:.2f} for the final model and "
-                        f"{12 * parameters / 2**30:.2f} for each of {count} checkpoints. Make room, give another folder, a lower --keep-checkpoints or a higher --save-every")  # fmt: skip
+        gib = lambda size: f"{size / 2**30:.2f}"  # noqa: E731
+        raise UserError(
+            f"--output-dir {folder}: {gib(free)} GiB free, and this run needs {gib(need - room + free)}: "
+            f"{gib(stored)} for the final model and {gib(12 * parameters)} for each of {count} checkpoints. "
+            "Make room, give another folder, a lower --keep-checkpoints or a higher --save-every"
+        )
 
 
 class Checkpoints:
