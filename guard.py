@@ -1,5 +1,6 @@
 """What keeps a run from hanging or getting lost: named phases with seconds and memory, a watchdog, signals, errors."""
 
+import atexit
 import contextlib
 import ctypes
 import faulthandler
@@ -193,8 +194,7 @@ def watch(minutes: float, rank: int, world: int, store=None) -> None:
     def loop() -> None:
         nonlocal store
         said = None
-        while True:
-            time.sleep(0.25)
+        while not over.wait(0.25):
             if store is not None and Clock.ticks != said:
                 try:
                     store.set(f"lite_ppo/{rank}", f"{Clock.ticks} {Clock.where()}")
@@ -209,7 +209,10 @@ def watch(minutes: float, rank: int, world: int, store=None) -> None:
                 sys.stdout.flush()
                 os._exit(1)
 
-    threading.Thread(target=loop, daemon=True).start()
+    over, thread = threading.Event(), threading.Thread(target=loop, daemon=True)
+    thread.start()
+    # Python ends its daemon threads as they come back from C++, here from the store; C++ then aborts the whole process, whose work is done.
+    atexit.register(lambda: (over.set(), thread.join(10)))
 
 
 # ---- signals ---------------------------------------------------------------------------------------------------------

@@ -754,6 +754,26 @@ def test_a_frozen_rank_is_named_by_the_others(root):
         [process.kill() for process in ranks]
 
 
+def test_the_watchdog_lets_a_process_end(root):
+    """A thread that comes back from C++ while Python ends would abort the process, after all its work: exit code -6."""
+    code = """if True:
+    import threading, torch.distributed as dist, guard
+    from datetime import timedelta
+    asked, store = threading.Event(), dist.HashStore()
+    class Slow:
+        def set(self, key, value):
+            asked.set()
+            for _ in range(300):
+                try:
+                    store.wait(["never"], timedelta(milliseconds=1))
+                except dist.DistError:
+                    pass
+    guard.watch(60, 0, 2, Slow())
+    asked.wait()"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_with_a_checkpoint(number, root):
     folder = root / f"signal-{number}"
