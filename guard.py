@@ -92,7 +92,7 @@ def tidy() -> None:
     A step leaves about a thousand objects in cycles, which Python looks for ever more rarely the more other objects there are; those that the first steps
     have brought are therefore counted out (gc.freeze). And glibc keeps what it has once got: tensors of other sizes at every step leave holes in its heap
     that nothing fits into, so that it grows while what is in use stands still (benchmarks/README.md). Both take milliseconds, but the memory has to
-    be touched anew: at every step that costs a toy 9 % of its time, at every tenth it is not to be seen.
+    be touched anew: after every step that costs the toy 8 % of its CPU time, after every tenth nothing that could be measured.
     """
     tidy.calls += 1
     if tidy.calls > 2 and tidy.calls % 10:
