@@ -100,6 +100,7 @@ def tidy() -> None:
     gc.collect()
     if tidy.calls <= 2:
         gc.freeze()  # no checkpoint is on its way here that would have to be collected later
+        atexit.register(gc.unfreeze)  # or libraries (triton's nanobind) complain at the end about all that is left
     with contextlib.suppress(AttributeError, OSError):  # no glibc (macOS, musl)
         ctypes.CDLL(None).malloc_trim(0)
 

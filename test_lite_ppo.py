@@ -633,7 +633,8 @@ def test_a_log_that_cannot_be_written_ends_the_run_in_one_message(root, monkeypa
 def test_every_tenth_step_gives_back_what_is_free_and_finds_cycles(root):
     """Else the heap's holes and what hangs in cycles let a long run grow: benchmarks/soak.py."""
     code = """if True:
-    import ctypes, gc, guard, weakref
+    import atexit, ctypes, gc, guard, weakref
+    atexit.register(lambda: print(gc.get_freeze_count(), "at the end"))  # what is registered first comes last
     libc, resident = ctypes.CDLL(None), lambda: int(open("/proc/self/statm").read().split()[1]) / 256
     libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
     class Node: pass
@@ -651,7 +652,7 @@ def test_every_tenth_step_gives_back_what_is_free_and_finds_cycles(root):
         [libc.free(block) for block in blocks[1::2]]"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
     calls = [line.split() for line in result.stdout.splitlines()]
-    assert calls == [[str(n), *[str(n in (1, 2, 10, 20))] * 2, "True"] for n in range(1, 21)], result.stdout + result.stderr
+    assert calls == [*([str(n), *[str(n in (1, 2, 10, 20))] * 2, "True"] for n in range(1, 21)), ["0", "at", "the", "end"]], result.stdout + result.stderr
 
 
 def test_the_log_keeps_little_of_old_steps_in_memory_and_curves_all_of_them(tmp_path):
