@@ -1,18 +1,24 @@
 """What keeps a run from hanging or getting lost: named phases with seconds and memory, a watchdog, signals, errors."""
 
+import atexit
 import contextlib
+import ctypes
 import faulthandler
+import gc
 import os
 import resource
+import secrets
 import signal
 import sys
 import threading
 import time
 import traceback
 from collections import defaultdict
+from datetime import timedelta
 from typing import Any, Callable
 
 import torch
+import torch.distributed as dist
 
 
 class RunError(Exception):
@@ -80,6 +86,28 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def tidy() -> None:
+    """Between two steps, every tenth time: collect what only cycles hold, and give the system back what is free, so that long runs stay as large as short ones.
+
+    A step leaves about a thousand objects in cycles, which Python looks for ever more rarely the more other objects there are; those that the first steps
+    have brought are therefore counted out (gc.freeze). And glibc keeps what it has once got: tensors of other sizes at every step leave holes in its heap
+    that nothing fits into, so that it grows while what is in use stands still (benchmarks/README.md). Both take milliseconds, but the memory has to
+    be touched anew: after every step that costs the toy 8 % of its CPU time, after every tenth nothing that could be measured.
+    """
+    tidy.calls += 1
+    if tidy.calls > 2 and tidy.calls % 10:
+        return
+    gc.collect()
+    if tidy.calls <= 2:
+        gc.freeze()  # no checkpoint is on its way here that would have to be collected later
+        atexit.register(gc.unfreeze)  # or libraries (triton's nanobind) complain at the end about all that is left
+    with contextlib.suppress(AttributeError, OSError):  # no glibc (macOS, musl)
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+tidy.calls = 0  # of this process
+
+
 REMEDIES = {
     "start": "more ranks, --cpu-offload, or a lower --gpu-memory-utilization",
     "rollout": "a lower --max-num-seqs or --gpu-memory-utilization",
@@ -112,6 +140,34 @@ def describe(error: BaseException, rank: int) -> str:
     return "".join(traceback.format_exception(error)) + f"{where}: {text}"
 
 
+# ---- ranks that find each other --------------------------------------------------------------------------------------
+
+
+def fresh_store(store, rank: int, world: int, limit: timedelta) -> tuple[Any, int, int]:
+    """The launcher's store without what an earlier life of this run has left there; (store, rank, world).
+
+    torchrun keeps one store over its restarts (pytorch issue 135712): ranks would call at addresses of the dead. No number that it gives
+    them is the same on all machines, so rank 0 draws a name for this life, and each other rank asks for it with a word that is new.
+    """
+    life, end, absent = secrets.token_hex(8), time.monotonic() + limit.total_seconds(), set(range(1, world))
+    try:
+        if rank:
+            store.set(f"ask/{rank}", life)
+            store.wait([f"answer/{life}"], limit)
+            life = store.get(f"answer/{life}").decode()
+            store.set(f"{life}/joined/{rank}", "")
+        while rank == 0 and absent:  # an answer to the word of a dead rank harms nobody: its successor has a new one
+            for other in [other for other in absent if store.check([f"ask/{other}"])]:
+                store.set("answer/" + store.get(f"ask/{other}").decode(), life)
+            absent = {other for other in absent if not store.check([f"{life}/joined/{other}"])}
+            if time.monotonic() > end:
+                raise RunError(f"ranks {sorted(absent)} of {world} have not come within {limit}; are all machines up, and can they reach each other?")
+            time.sleep(0.01)
+    except dist.DistError as error:
+        raise RunError(f"rank {rank} of {world} does not find the others within {limit}: {str(error).splitlines()[0][:200]}") from None
+    return dist.PrefixStore(life, store), rank, world
+
+
 # ---- a rank that hangs -----------------------------------------------------------------------------------------------
 
 
@@ -139,8 +195,7 @@ def watch(minutes: float, rank: int, world: int, store=None) -> None:
     def loop() -> None:
         nonlocal store
         said = None
-        while True:
-            time.sleep(0.25)
+        while not over.wait(0.25):
             if store is not None and Clock.ticks != said:
                 try:
                     store.set(f"lite_ppo/{rank}", f"{Clock.ticks} {Clock.where()}")
@@ -155,7 +210,10 @@ def watch(minutes: float, rank: int, world: int, store=None) -> None:
                 sys.stdout.flush()
                 os._exit(1)
 
-    threading.Thread(target=loop, daemon=True).start()
+    over, thread = threading.Event(), threading.Thread(target=loop, daemon=True)
+    thread.start()
+    # Python ends its daemon threads as they come back from C++, here from the store; C++ then aborts the whole process, whose work is done.
+    atexit.register(lambda: (over.set(), thread.join(10)))
 
 
 # ---- signals ---------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ import tricks
 from data import Problem, UserError, load_problems
 from guard import Clock, RunError, Signals, Stopped
 from rewards import Grader, load_reward
-from rundir import Checkpoints, Log, Position, find_checkpoint, load_checkpoint, rollout_metrics, save_model
+from rundir import Checkpoints, Log, Position, check_space, find_checkpoint, load_checkpoint, rollout_metrics, save_model
 from samplers import Sampling, build_model
 
 
@@ -355,6 +355,7 @@ class Response:
     text: str
     score: float  # what the reward function said
     failure: str  # why it said nothing
+    seconds: float = 0.0  # that the verdict took
 
 
 def nth_problem(position: int, seed: int, size: int) -> int:
@@ -384,7 +385,7 @@ def sample(sampler, grader, tokenizer, problems: list[Problem], seeds: list[int]
     with clock("reward"):
         pairs = [(i, s, tokenizer.decode(s.token_ids.tolist(), skip_special_tokens=True)) for i, group in zip(mine, samples) for s in group]
         verdicts = guard.interruptible(lambda: grader([text for _, _, text in pairs], [problems[i].row for i, _, _ in pairs]), [])
-        graded = [(i, *s, text, *verdict) for (i, s, text), verdict in zip(pairs, verdicts)]
+        graded = [(i, *s, text, *verdict, took) for (i, s, text), verdict, took in zip(pairs, verdicts, grader.seconds)]
         if any(gather([Signals.received])):  # on any rank: all leave here, together
             raise Stopped
         responses = [Response(problems[i], *rest) for i, *rest in sorted(gather(graded), key=lambda r: r[0])]
@@ -637,6 +638,7 @@ def train(cfg: Config) -> dict[str, float]:
     Clock.tick()  # here and below: each of these may take its time, none of them all of it
     folder = output_dir(cfg)
     checkpoint = find_checkpoint(folder, cfg, data_id)
+    check_space(folder, path, cfg)
     say(f"model {cfg.model}, {len(train_set)} training problems (left out: {left_out}), {world} rank(s), {device.type}, {compute_dtype(cfg)}")
     say(f"sampler {kind}: {reason}")
     if cfg.top_p < 1 or cfg.top_k:
@@ -683,6 +685,7 @@ def train(cfg: Config) -> dict[str, float]:
                     sync(clock)
                 stats["rollout/responses"] = (cursor - position.cursor) * cfg.group_size
                 position = Position(step, cursor, rollout_metrics(responses, rewards, clock, policy.config, world) | stats)
+                saver.finish()  # what is half-written may fill the disk for a while; the logs come after it
                 if rank == 0:
                     log.samples(step, responses, rewards, advantages, cfg.samples_per_step)
                     log.clipped(step, clipped, tokenizer)
@@ -692,7 +695,6 @@ def train(cfg: Config) -> dict[str, float]:
                 if bad_steps >= cfg.max_skipped_steps:
                     raise RunError(f"no finite gradient in {bad_steps} rollouts in a row (--max-skipped-steps); " + blame(responses, folder))
                 bar.update()
-            saver.finish()
             metrics = dict(position.pending)
             if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
                 metrics |= evaluate(sampler, grader, tokenizer, sets, cfg, say)
@@ -704,6 +706,7 @@ def train(cfg: Config) -> dict[str, float]:
                     log.curves()
                 bar.set_postfix({name: f"{metrics.get(key, 0):.3g}" for name, key in (("reward", "reward/mean"), ("length", "response/length_mean"),
                                 ("entropy", "policy/entropy"), ("tok/s", "perf/rollout_tokens_per_s"))})  # fmt: skip
+            guard.tidy()
             if cfg.save_every and step and (step % cfg.save_every == 0 or step == cfg.steps):
                 saver.save(position, policy, optimizer)
         saver.finish(last=True)
@@ -741,9 +744,10 @@ def connect(cfg: Config) -> None:
     limit, store, rank, world = timedelta(minutes=cfg.timeout_minutes + 2), dist.HashStore(), 0, 1  # the watchdog speaks first
     if "MASTER_ADDR" in os.environ:
         try:
-            store, rank, world = next(dist.rendezvous("env://", timeout=limit))
-        except dist.DistNetworkError as error:
-            raise UserError(f"MASTER_PORT {os.environ.get('MASTER_PORT')}: {error}; is another run using it? torchrun --master-port takes another") from None
+            store, rank, world = guard.fresh_store(*next(dist.rendezvous("env://", timeout=limit)), limit)
+        except (dist.DistNetworkError, ValueError) as error:
+            where = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ.get('MASTER_PORT')}"
+            raise UserError(f"{where}: {error}; is another run using the port? torchrun --master-port takes another") from None
     # gloo beside nccl: objects, checkpoints and offloaded gradients travel through host memory.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=world, timeout=limit)
     guard.watch(cfg.timeout_minutes, rank, world, store.clone() if world > 1 else None)

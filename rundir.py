@@ -47,6 +47,7 @@ def rollout_metrics(responses: list, rewards: torch.Tensor, clock: Clock, config
         "perf/peak_memory_gib": max(clock.memory.values()),
     }
     metrics |= {f"time/{phase}": seconds[phase] for phase in ("rollout", "reward", "logprobs", "update", "sync", "step")}
+    metrics["time/slowest_reward"] = max(r.seconds for r in responses)
     metrics |= {f"memory/{phase}_gib": clock.memory[phase] for phase in ("rollout", "logprobs", "update", "sync")}
     for peak in [flops for name, flops in PEAK_FLOPS.items() if torch.cuda.is_available() and name in torch.cuda.get_device_name()]:
         metrics["perf/mfu"] = sum(train_flops(config, n, m) for n, m in zip(sizes, lengths)) / (seconds["update"] * peak * world)
@@ -69,6 +70,15 @@ def train_flops(config, length: int, predicted: int) -> float:
     return 6 * (layers * block * length + config.vocab_size * hidden * predicted) + 6 * layers * heads * head_dim * length**2
 
 
+PANELS = {"reward": ["reward/mean"], "response length (tokens)": ["response/length_mean"], "entropy (nats per token)": ["policy/entropy"],
+          "clipped tokens (share)": ["policy/clip_low", "policy/clip_high"], "gradient norm": ["policy/grad_norm"]}  # fmt: skip
+
+
+def for_curves(row: dict) -> dict:
+    """What curves.png shows of a row; `warnings` needs no more of the first one."""
+    return {key: value for key, value in row.items() if key == "step" or key.endswith("/accuracy") or any(key in keys for keys in PANELS.values())}
+
+
 class Log:
     """metrics.jsonl, samples.jsonl, clipped.jsonl, TensorBoard events and curves.png, written by rank 0."""
 
@@ -83,15 +93,17 @@ class Log:
             (folder / "partial.jsonl").write_text("".join(map(to_line, rows)), encoding="utf-8")
             os.replace(folder / "partial.jsonl", folder / name)
             if name == "metrics.jsonl":
-                self.rows = rows
+                self.rows = [*map(for_curves, rows[:-5]), *rows[-5:]]
 
     def metrics(self, step: int, values: dict[str, float]) -> list[str]:
         """Write them down. Returns warnings in words, each of them once a run."""
         self.rows.append({"step": step} | values)
+        self.rows[-6:-5] = map(for_curves, self.rows[-6:-5])  # a long run must not grow by all that it has ever measured
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(to_line(self.rows[-1]))
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
+        self.tensorboard.flush()  # its thread may lag behind; a killed run must not lack what came before its checkpoint
         news = [text for text in warnings(self.rows) if text.split(":")[0] not in self.warned]
         self.warned |= {text.split(":")[0] for text in news}
         return news
@@ -102,7 +114,7 @@ class Log:
         chosen = sorted({*np.linspace(0, len(responses) - 1, min(count, len(responses)), dtype=int).tolist(), *failed})
         rows = [
             dict(step=step, prompt=r.problem.row["problem"], response=r.text, reward=float(rewards.flatten()[i]), gold=r.problem.row["answer"],
-                 advantage=float(advantages.flatten()[i]), truncated=r.truncated, length=len(r.token_ids), failure=r.failure)
+                 advantage=float(advantages.flatten()[i]), truncated=r.truncated, length=len(r.token_ids), failure=r.failure, **{"time/reward": r.seconds})
             for i, r in ((i, responses[i]) for i in chosen)
         ]  # fmt: skip
         with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
@@ -125,9 +137,7 @@ class Log:
 
         rows = self.rows
         accuracies = sorted({key for row in rows for key in row if key.endswith("/accuracy")})
-        panels = {"held-out accuracy": accuracies, "reward": ["reward/mean"], "response length (tokens)": ["response/length_mean"],
-                  "entropy (nats per token)": ["policy/entropy"], "clipped tokens (share)": ["policy/clip_low", "policy/clip_high"],
-                  "gradient norm": ["policy/grad_norm"]}  # fmt: skip
+        panels = {"held-out accuracy": accuracies} | PANELS
         figure = Figure(figsize=(12, 6), layout="constrained")
         for axes, (title, keys) in zip(figure.subplots(2, 3).flat, panels.items()):
             for key in keys:
@@ -227,6 +237,34 @@ def find_checkpoint(folder: Path, cfg, data_id: str) -> Path | None:
             raise UserError(f"--output-dir {folder}: {path.name} was made with other settings ({'; '.join(changed)}); "
                             f"take those, another folder, or --resume {path} with another folder to go on from it with the new ones")  # fmt: skip
     return path
+
+
+def check_space(folder: Path, model: str, cfg) -> None:
+    """An error before models load, if the final model and the checkpoints that will stand beside each other do not fit on the disk of `folder`."""
+    parameters = stored = 0
+    for path in Path(model).glob("*.safetensors"):
+        size = path.stat().st_size
+        try:
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                tensors = [tensor for name, tensor in json.loads(file.read(min(size, length))).items() if name != "__metadata__"]
+            parameters += sum(math.prod(tensor["shape"]) for tensor in tensors)
+            if (whole := 8 + length + max(tensor["data_offsets"][1] for tensor in tensors)) != size:
+                raise ValueError(f"{size} bytes instead of {whole}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"--model {model}: {path.name} is no whole safetensors file ({type(error).__name__}: {error}); download or copy it again") from None
+        stored += size
+    count = min(cfg.keep_checkpoints + 1, -(-cfg.steps // cfg.save_every)) if cfg.save_every else 0  # the newest is whole before the oldest goes
+    need = stored + count * 12 * parameters  # float32: weights and two moments
+    free = shutil.disk_usage(folder).free
+    room = free + sum(path.stat().st_size for path in folder.glob("*-*/*"))  # an earlier run's checkpoints, whole and half-written, make way
+    if need > room:
+        gib = lambda size: f"{size / 2**30:.2f}"  # noqa: E731
+        raise UserError(
+            f"--output-dir {folder}: {gib(free)} GiB free, and this run needs {gib(need - room + free)}: "
+            f"{gib(stored)} for the final model and {gib(12 * parameters)} for each of {count} checkpoints. "
+            "Make room, give another folder, a lower --keep-checkpoints or a higher --save-every"
+        )
 
 
 class Checkpoints:

@@ -4,7 +4,7 @@ Gradients are compared with a reference that knows nothing of packs, ranks and w
 Some of the tests run again, in processes of their own: on two ranks, and with vLLM, which changes the process that it lives in (see `helpers`).
 """
 
-import dataclasses, functools, inspect, json, math, os, random, shutil, signal, socket, subprocess, sys, time, typing  # noqa: E401
+import contextlib, ctypes, dataclasses, functools, inspect, json, math, os, random, re, resource, shutil, signal, socket, subprocess, sys, time, typing  # noqa: E401
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,6 +67,9 @@ def root(tmp_path_factory):
         toy.make_tokenizer().save_pretrained(root / name)
     for name, dropped in {"weightless": "model.safetensors", "silent": "chat_template.jinja", "hollow": "config.json"}.items():
         shutil.copytree(root / "tied", root / name, ignore=shutil.ignore_patterns(dropped))
+    for name, lost in dict(cut=4, stub=200_000).items():  # downloads that broke off, in the numbers and before them
+        shutil.copytree(root / "tied", root / name)
+        os.truncate(path := root / name / "model.safetensors", max(500, os.path.getsize(path) - lost))
     for name, text in FILES.items():
         (root / name).write_text(text)
     return root
@@ -310,6 +313,7 @@ def test_presets_are_the_published_settings_and_flags_win(root, monkeypatch):
     ("--train-data ROOT/long.jsonl", "ROOT/long.jsonl --max-prompt-tokens 16"), ("--eval-data ROOT/mixed.jsonl", "ROOT/mixed.jsonl --max-prompt-tokens 16 1"),
     ("--model nobody/nothing", "--model nobody/nothing"), ("--model toy:huge", "--model toy:huge small, large"), ("--model ROOT/hollow", "--model ROOT/hollow"),
     ("--model ROOT/weightless", "ROOT/weightless safetensors"), ("--model ROOT/silent", "--model ROOT/silent chat_template.jinja"),
+    ("--model ROOT/cut", "--model ROOT/cut model.safetensors bytes instead of"), ("--model ROOT/stub", "--model ROOT/stub no whole safetensors file"),
     ("--max-new-tokens 60", "--model ROOT/tied 64 --max-new-tokens 76"), ("--tensor-parallel-size 2", "--tensor-parallel-size 2 ranks"),
     ("--reward accuracy", "--reward accuracy FILE.py:FUNCTION"), ("--reward ROOT/none.py:f", "--reward ROOT/none.py:f FILE.py:FUNCTION"),
     ("--reward ROOT/rewards.py:odd", "--reward ROOT/rewards.py:odd 'odd'"), ("--reward ROOT/syntax.py:f", "--reward ROOT/syntax.py:f SyntaxError"),
@@ -328,11 +332,53 @@ def test_a_mistake_is_named_in_one_message(mistake, named, root, monkeypatch, ca
     assert all(word in out for word in named.replace("ROOT", str(root)).split()), out
 
 
+def test_a_port_in_use_or_none_at_all_is_named_in_one_message_at_once(monkeypatch, capfd):
+    monkeypatch.setattr(guard, "install_signals", lambda: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["lite_ppo.py"])
+    with socket.socket() as other:  # another run's
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        for value, named in {port: "EADDRINUSE", "http": "invalid literal", "99999": "65535"}.items():
+            [monkeypatch.setenv(name, text) for name, text in dict(one_rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=value).items()]
+            assert lite_ppo.main() == 2  # rank 0 opens the port itself: nothing to wait for
+            err = capfd.readouterr().err
+            assert err.startswith(f"error: MASTER_ADDR 127.0.0.1, MASTER_PORT {value}: ") and err.count("\n") == 1, err
+            assert named in err and err.rstrip().endswith("is another run using the port? torchrun --master-port takes another"), err
+
+
+def test_a_disk_with_too_little_room_is_named_before_models_load(root, tmp_path, monkeypatch):
+    header = json.dumps({"__metadata__": {"format": "pt"}, "w": {"dtype": "BF16", "shape": [10, 10**8], "data_offsets": [0, 2 * 10**9]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(tmp_path / "model.safetensors", final := 8 + len(header) + 2 * 10**9)  # a hole: it takes no room
+    folder, free = tmp_path / "run", [0]
+    (folder / "partial-7").mkdir(parents=True)
+    monkeypatch.setattr(rundir.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]) if path == folder else None)
+    for options, count, need in (((0, 2, 10), 0, 1.86), ((1, 2, 10), 3, 35.39), ((4, 2, 10), 3, 35.39), ((5, 2, 10), 2, 24.21), ((1, 1, 10), 2, 24.21), ((20, 2, 10), 1, 13.04)):
+        cfg = Config(**dict(zip(("save_every", "keep_checkpoints", "steps"), options)))
+        for held in (0, 700):  # of a run that was killed: deleted at the start
+            (folder / "partial-7/half").write_bytes(bytes(held))
+            free[0] = final + count * 12 * 10**9 - held  # 10^9 weights and two moments of each, in float32
+            rundir.check_space(folder, str(tmp_path), cfg)
+            free[0] -= 1
+            with pytest.raises(data.UserError) as error:
+                rundir.check_space(folder, str(tmp_path), cfg)
+            assert f"--output-dir {folder}: {need:.2f} GiB free, and this run needs {need:.2f}: 1.86 for the final model" in str(error.value)
+            assert f"11.18 for each of {count} checkpoints. Make room" in str(error.value)
+    monkeypatch.setattr(rundir.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    monkeypatch.setattr(samplers, "build_model", lambda *args: pytest.fail("a model was built"))
+    with pytest.raises(data.UserError, match="--output-dir .*/crowded: 0.00 GiB free, and this run needs 0.00: 0.00 for the final model"):
+        lite_ppo.train(config(root, output_dir=str(root / "crowded")))
+
+
 def test_300_fuzzed_configurations_run_or_name_the_culprit(root, monkeypatch, capfd, tmp_path):
     """Every sixth of the valid ones is really run, or all of them with FUZZ=all in the environment."""
     rng, train, ends, ran = random.Random(7), lite_ppo.train, [], 0
     numbers = ["-1", "0", "1", "2", "3", "0.5", "1.5", "1e-3", "-0.1", "nan", "inf", "-inf", "1e30", "9" * 40, "", "many", "0x10", "1,5", "True"]
     texts = ["", "x", "auto", f"{root}/dev.jsonl", f"{root}/none.jsonl", f"{root}/tied", f"{root}/syntax.py:f", "a/b/c", "toy:huge", "easy ", "-", "\u2028", "a" * 300]
+    choose = samplers.choose_sampler
+    monkeypatch.setattr(samplers, "choose_sampler", lambda wanted: choose(wanted.replace("auto", "transformers")))  # vLLM changes the process that it lives in
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lite_ppo, "connect", lambda cfg: None)
     monkeypatch.setattr(guard, "install_signals", lambda: None)
@@ -366,7 +412,7 @@ def test_300_fuzzed_configurations_run_or_name_the_culprit(root, monkeypatch, ca
 
 METRICS = """step reward/mean reward/std reward/solve_all reward/solve_none response/length_mean response/length_max response/truncated response/looping
 policy/loss policy/entropy policy/clip_low policy/clip_high policy/approx_kl policy/grad_norm policy/lr rollout/logprob_gap_mean rollout/logprob_gap_max
-time/rollout time/reward time/logprobs time/update time/sync time/step perf/rollout_tokens_per_s perf/train_tokens_per_s perf/peak_memory_gib""".split()
+time/rollout time/reward time/slowest_reward time/logprobs time/update time/sync time/step perf/rollout_tokens_per_s perf/train_tokens_per_s perf/peak_memory_gib""".split()
 
 
 def command_line(root: Path, **flags: str) -> list[str]:
@@ -421,7 +467,7 @@ def test_two_ranks_pass_the_same_tests_and_train_as_one(helpers, root):
     helpers("two_ranks")
     if not (root / "lite_ppo-1-transformers").exists():
         test_every_preset_runs("lite_ppo", root)
-    for file, without in {"metrics.jsonl": ("time/", "perf/", "memory/"), "samples.jsonl": ("prompt", "response", "gold", "failure")}.items():
+    for file, without in {"metrics.jsonl": ("time/", "perf/", "memory/"), "samples.jsonl": ("prompt", "response", "gold", "failure", "time/")}.items():
         one, two = (read(root / f"lite_ppo-{ranks}-transformers" / file, *without) for ranks in (1, 2))
         assert len(one) == len(two) and all(b == pytest.approx(a, rel=1e-3, abs=1e-5) for a, b in zip(one, two))
 
@@ -457,7 +503,7 @@ def test_a_forgotten_sync_stops_the_run(root, monkeypatch):
         lite_ppo.train(config(root, lr=1e-2, output_dir=f"{root}/forgetful"))
 
 
-def test_a_checkpoint_goes_on_with_other_ranks_hybrid_sharding_and_never_with_other_settings(root):
+def test_a_checkpoint_goes_on_with_other_ranks_hybrid_sharding_and_never_with_other_settings(root, monkeypatch, capfd):
     options = dict(save_every=2, keep_checkpoints=9, eval_every=0, max_grad_norm=0.5)
     lite_ppo.train(config(root, output_dir=str(root / "one_first"), steps=2, **options))
     code = "import lite_ppo, test_lite_ppo as t, pathlib; t.start_ranks(); root = pathlib.Path(t.os.environ['TEST_ROOT'])\n"
@@ -469,11 +515,22 @@ def test_a_checkpoint_goes_on_with_other_ranks_hybrid_sharding_and_never_with_ot
     assert two.returncode == 0, two.stderr[-6000:]
     lite_ppo.train(config(root, output_dir=str(root / "two_first"), steps=7, **options))
     lite_ppo.train(config(root, output_dir=str(root / "one"), steps=7, **options))
-    truth = load_model(root / "one/final").state_dict()
+    out = two.stdout + capfd.readouterr().out
+    assert all(f"resumed from {root}/{folder}/checkpoint-2, 2 of 7 steps done" in out for folder in ("one_first", "two_first"))
+
+    def distance(folder):
+        found, truth = (load_model(root / name / "final").state_dict() for name in (folder, "one"))
+        return max((found[name] - truth[name]).abs().max().item() for name in truth)
+
     for folder in ("two_first", "one_first"):  # 2 -> 1 rank, and 1 -> 2 ranks, each of which holds all of the model
-        found = load_model(root / folder / "final").state_dict()
-        assert all(torch.allclose(found[name], truth[name], rtol=0, atol=1e-5) for name in truth)
+        assert distance(folder) <= 1e-6
+        said = [[row["response"] for row in read(root / run / "samples.jsonl")] for run in (folder, "one")]  # all of them
+        assert said[0] == said[1] and len(said[0]) == 7 * 16
         assert [row["step"] for row in read(root / folder / "metrics.jsonl")] == list(range(8))
+    with monkeypatch.context() as mutant:  # optimizer state forgotten
+        mutant.setattr(lite_ppo, "load_checkpoint", lambda *args: (rundir.load_checkpoint(*args), args[-1].state.clear())[0])
+        lite_ppo.train(config(root, resume=f"{root}/one/checkpoint-2", output_dir=str(root / "amnesia"), steps=7, **options))
+    assert distance("amnesia") > 1e-4
     for changes, message in {
         "clip_high": (dict(clip_high=0.3), "clip_high: 0.2 -> 0.3"), "lr": (dict(lr=1.0), "lr: 0.001 -> 1.0"), "steps": (dict(steps=3), "--steps 3: .*7 steps"),
         "data": (dict(train_data=f"{root}/dev.jsonl"), "training problems: 10 problems.* -> 1 problems"), "never": (dict(resume="never"), "holds checkpoint-7"),
@@ -514,6 +571,136 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(root, monkey
         assert not list(folder.glob("partial*")) and [row["step"] for row in read(folder / "metrics.jsonl")] == list(range(7))
 
 
+@contextlib.contextmanager
+def little_room(folder):
+    """A disk with room for the logs, but not for a checkpoint; where nobody may mount one, a limit on the size of files."""
+    if not os.path.ismount(folder):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))  # Python ignores the signal: the write fails
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        return
+    free = shutil.disk_usage(folder).free
+    (folder / "ballast").write_bytes(bytes(free - 400_000))
+    yield
+    (folder / "ballast").unlink()
+
+
+@contextlib.contextmanager
+def no_permission(folder):
+    """Nothing can be made in the folder, not even by root, whose right to ignore that is laid down for a while."""
+    libc, header, now, less = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 6)()
+    if os.geteuid() == 0:
+        assert libc.capget(header, now) == 0
+        less[:] = now
+        less[0] &= ~(1 << 1)  # CAP_DAC_OVERRIDE, effective, of this thread and those that it starts
+        assert libc.capset(header, less) == 0
+    folder.chmod(0o555)
+    try:
+        yield
+    finally:
+        folder.chmod(0o755)
+        assert os.geteuid() or libc.capset(header, now) == 0
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A folder on a file system of 16 MiB of its own, where one may be mounted."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", tmp_path], capture_output=True).returncode == 0 if shutil.which("mount") else False
+    yield tmp_path
+    if mounted:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("trouble,said", [(little_room, "No space left on device|File too large|os error 28|os error 27"), (no_permission, "Permission denied")])
+def test_a_disk_that_is_really_full_or_closed_leaves_the_checkpoints_before(trouble, said, background, root, disk, monkeypatch, capfd):
+    metrics, stack = rundir.Log.metrics, contextlib.ExitStack()
+    run = lambda: lite_ppo.train(config(root, output_dir=str(disk), save_every=1, steps=4, background_save=background))  # noqa: E731
+    monkeypatch.setattr(rundir.Log, "metrics", lambda self, step, values: (step == 2 and stack.enter_context(trouble(disk)), metrics(self, step, values))[1])
+    with stack, pytest.raises(guard.RunError, match=f"(?s)checkpoint-3 could not be written.*({said}).*newest whole one: checkpoint-1.*Make room or give write"):
+        run()
+    out = capfd.readouterr().out
+    assert "warning: checkpoint-2 could not be written" in out and re.search(said, out), out
+    assert [path.name for path in rundir.checkpoints(disk)] == ["checkpoint-1"]
+    monkeypatch.setattr(rundir.Log, "metrics", metrics)
+    run()
+    assert f"resumed from {disk}/checkpoint-1, 1 of 4" in capfd.readouterr().out and not list(disk.glob("partial*"))
+    assert [row["step"] for row in read(disk / "metrics.jsonl")] == list(range(5)) and [path.name for path in rundir.checkpoints(disk)] == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_a_log_that_cannot_be_written_ends_the_run_in_one_message(root, monkeypatch, capfd):
+    folder, metrics = root / "logless", rundir.Log.metrics
+    monkeypatch.setattr(lite_ppo, "connect", lambda cfg: None)
+    monkeypatch.setattr(guard, "install_signals", lambda: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["lite_ppo.py", *command_line(root, **{"--output-dir": str(folder), "--steps": "3", "--save-every": "1"})])
+
+    def full(self, step, values):
+        if step == 2:
+            (folder / "metrics.jsonl").rename(folder / "kept")
+            (folder / "metrics.jsonl").symlink_to("/dev/full")  # to which every write fails
+        return metrics(self, step, values)
+
+    monkeypatch.setattr(rundir.Log, "metrics", full)
+    assert lite_ppo.main() == 1
+    err = capfd.readouterr().err
+    assert "Traceback" not in err and "error: rank 0, step 2, " in err, err
+    assert "No space left on device; checkpoints are as they were, and the same command goes on from the newest one" in err, err
+    (folder / "kept").rename(folder / "metrics.jsonl")
+    monkeypatch.setattr(rundir.Log, "metrics", metrics)
+    assert lite_ppo.main() == 0 and f"resumed from {folder}/checkpoint-1" in capfd.readouterr().out
+    assert [row["step"] for row in read(folder / "metrics.jsonl")] == [0, 1, 2, 3]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_every_tenth_step_gives_back_what_is_free_and_finds_cycles(root):
+    """Else the heap's holes and what hangs in cycles let a long run grow: benchmarks/soak.py."""
+    code = """if True:
+    import atexit, ctypes, gc, guard, weakref
+    atexit.register(lambda: print(gc.get_freeze_count(), "at the end"))  # what is registered first comes last
+    libc, resident = ctypes.CDLL(None), lambda: int(open("/proc/self/statm").read().split()[1]) / 256
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    class Node: pass
+    gc.disable()
+    for call in range(1, 21):
+        node = Node()
+        node.itself, watched = node, weakref.ref(node)
+        del node
+        blocks = [libc.malloc(2**16) for _ in range(1600)]
+        [ctypes.memset(block, 1, 2**16) for block in blocks]
+        [libc.free(block) for block in blocks[::2]]  # 50 MiB of holes
+        before = resident()
+        guard.tidy()
+        print(call, before - resident() > 40, watched() is None, gc.get_freeze_count() > 1000)
+        [libc.free(block) for block in blocks[1::2]]"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    calls = [line.split() for line in result.stdout.splitlines()]
+    assert calls == [*([str(n), *[str(n in (1, 2, 10, 20))] * 2, "True"] for n in range(1, 21)), ["0", "at", "the", "end"]], result.stdout + result.stderr
+
+
+def test_the_log_keeps_little_of_old_steps_in_memory_and_curves_all_of_them(tmp_path):
+    log, row = rundir.Log(tmp_path, Config(), 0), {"reward/mean": 0.5, "policy/entropy": 1.0, "eval/toy/accuracy": 0.5} | {f"time/{i}": 1.0 for i in range(40)}
+    row |= {"response/length_mean": 9.0, "response/truncated": 0.0, "reward/std": 0.1, "reward/failed": 0.0}
+    [log.metrics(step, row) for step in range(12)]
+    kept = {"step", "reward/mean", "policy/entropy", "eval/toy/accuracy", "response/length_mean"}
+    assert [row.keys() == kept for row in log.rows] == [True] * 7 + [False] * 5 and [row["step"] for row in log.rows] == list(range(12))
+    assert log.rows[7:] == rundir.read_jsonl(tmp_path / "metrics.jsonl")[7:]
+    again = rundir.Log(tmp_path, Config(), 9)  # killed: nothing has been closed
+    assert [row["step"] for row in again.rows] == list(range(10)) and [row.keys() == kept for row in again.rows] == [True] * 5 + [False] * 5
+    hostile = Response(Problem({"problem": "</pre><script>1</script>", "answer": "1"}, [3]), np.array([1]), np.zeros(1), False, "<img onerror=x>", 0.0, "")
+    again.samples(10, [hostile], torch.zeros(1, 1), torch.zeros(1, 1), 1)
+    again.metrics(10, row)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in shown.Scalars("reward/mean")] == list(range(11))  # each step once, there, too
+    text = shown.Tensors("sample/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text.startswith("<pre>") and text.endswith("</pre>") and text.count("<") == 2 and "&lt;script&gt;" in text  # nothing that a browser would run
+
+
 def test_a_gradient_that_is_not_finite_is_skipped_blamed_and_soon_ends_the_run(root, monkeypatch, capfd):
     surrogate, calls = lite_ppo.tricks.clipped_surrogate, []
 
@@ -537,6 +724,15 @@ def test_a_run_whose_rewards_fail_ends_with_the_reason(root):
     assert play([(0.0, "ValueError: x"), (0.0, "late"), (1, ""), (0, "")])[0] == [0, 0, 1, 0]
 
 
+def test_slow_verdicts_are_told_by_their_seconds(root):
+    (root / "tied" / "late.py").write_text("def late(response, row):\n    while len(response) % 2: pass\n    return 1.0\n")
+    lite_ppo.train(config(root, reward=f"{root}/tied/late.py:late", reward_timeout=0.2, max_failed_rewards=1, steps=1, output_dir=str(root / "late")))
+    rows = read(root / "late/samples.jsonl")  # all of the step
+    assert {row["failure"] for row in rows} == {"", "no verdict within 0.2 s"}
+    assert all((row["time/reward"] >= 0.2) == bool(row["failure"]) == len(row["response"]) % 2 for row in rows)
+    assert read(root / "late/metrics.jsonl")[1]["time/slowest_reward"] == max(row["time/reward"] for row in rows)
+
+
 FAULTS = {  # name: what happens on rank 1 of 2, what the message must say
     "hung": ("samplers.TransformersSampler.generate = lambda *a: time.sleep(9999)", "rank 1, step 1, rollout: no progress for --timeout-minutes"),
     "dead": ("lite_ppo.make_pack = lambda *a: os._exit(7)", ["another rank has ended", "exitcode  : 7"]),
@@ -558,6 +754,18 @@ def test_a_rank_in_trouble_ends_the_others_soon_and_is_named(fault, root):
     assert result.returncode == 1 and all(words in result.stderr for words in ([said] if isinstance(said, str) else said)), result.stderr[-6000:]
 
 
+def test_the_launcher_restarts_a_run_that_goes_on_by_itself(root):
+    kill = "lite_ppo.compute_advantages = lambda *a: os.kill(os.getpid(), signal.SIGKILL) if lite_ppo.Clock.step == 3 else whole(*a)"
+    code = "import os, signal, sys, lite_ppo\nwhole = lite_ppo.compute_advantages\n"
+    code += f"if os.environ['RANK'] + os.environ['TORCHELASTIC_RESTART_COUNT'] == '10':\n    {kill}\nsys.exit(lite_ppo.main())"
+    (root / "tied" / "restarted.py").write_text(code)
+    line = command_line(root, **{"--output-dir": f"{root}/restarted", "--steps": "4", "--save-every": "1"})
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", f"{root}/tied/restarted.py"]
+    result = subprocess.run([*launcher, *line], capture_output=True, text=True, cwd=HERE, env=os.environ | {"PYTHONPATH": str(HERE)}, timeout=200)
+    assert result.returncode == 0 and re.search("resumed from .*/restarted/checkpoint-[12], [12] of 4 steps done", result.stdout), result.stderr[-6000:]
+    assert [row["step"] for row in read(root / "restarted/metrics.jsonl")] == list(range(5)) and (root / "restarted/final").is_dir()
+
+
 def test_a_frozen_rank_is_named_by_the_others(root):
     what = "if os.environ['RANK'] == '1':\n    samplers.TransformersSampler.generate = lambda *a: os.kill(os.getpid(), signal.SIGSTOP)"
     code = f"import os, signal, sys, lite_ppo, samplers\n{what}\nsys.exit(lite_ppo.main())"
@@ -571,6 +779,26 @@ def test_a_frozen_rank_is_named_by_the_others(root):
         assert ranks[0].returncode == 1 and "no progress for --timeout-minutes 0.25; rank 1 is behind, in step" in err, err[-6000:]
     finally:
         [process.kill() for process in ranks]
+
+
+def test_the_watchdog_lets_a_process_end(root):
+    """A thread that comes back from C++ while Python ends would abort the process, after all its work: exit code -6."""
+    code = """if True:
+    import threading, torch.distributed as dist, guard
+    from datetime import timedelta
+    asked, store = threading.Event(), dist.HashStore()
+    class Slow:
+        def set(self, key, value):
+            asked.set()
+            for _ in range(300):
+                try:
+                    store.wait(["never"], timedelta(milliseconds=1))
+                except dist.DistError:
+                    pass
+    guard.watch(60, 0, 2, Slow())
+    asked.wait()"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -625,7 +853,8 @@ def play(*calls, cursor=0, evaluation=False, **changes):
     """What rollout() or evaluate() makes of these scores, one list for each time that the sampler and the grader are asked."""
     calls, seeds = iter(calls), []
     generate = lambda prompts, given, n: [seeds.append(s) or [Sample(np.array([5, 1]), np.zeros(2), False)] * n[0] for s in given]  # noqa: E731
-    grade, cfg = lambda texts, rows: [v if isinstance(v, tuple) else (v, "") for v in next(calls)], config(Path(), prompts_per_step=2, group_size=2, **changes)  # noqa: E731
+    grade = lambda texts, rows: setattr(grade, "seconds", [0.0] * len(texts)) or [v if isinstance(v, tuple) else (v, "") for v in next(calls)]  # noqa: E731
+    cfg = config(Path(), prompts_per_step=2, group_size=2, **changes)
     problems, tools = [Problem({}, [3, i, 4]) for i in range(20)], (SimpleNamespace(generate=generate), grade, toy.make_tokenizer())
     if evaluation:
         return lite_ppo.evaluate(*tools, {"a": problems[:2], "b": problems[:1]}, cfg)

@@ -88,7 +88,7 @@ def main() -> int:
         "weights of the final model, bit for bit": digest(work / "whole/final") == digest(work / "killed/final"),
         "each step once in metrics.jsonl": [row["step"] for row in rows(work / "killed")] == list(range(args.steps + 1)),
         "metrics equal": rows(work / "whole") == rows(work / "killed"),
-        "samples equal": (work / "whole/samples.jsonl").read_text() == (work / "killed/samples.jsonl").read_text(),
+        "samples equal": rows(work / "whole", "samples.jsonl") == rows(work / "killed", "samples.jsonl"),
         "nothing half-written left": not list((work / "killed").glob("partial*")),
     }
     if args.sampler == "vllm" and not laws["weights of the final model, bit for bit"]:
@@ -104,10 +104,10 @@ def main() -> int:
     return 0 if all(laws.values()) else 1
 
 
-def rows(folder: Path) -> list[dict]:
-    """The metrics, without what a clock says; the last line may be half-written."""
-    found, path = [], folder / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
+def rows(folder: Path, file: str = "metrics.jsonl") -> list[dict]:
+    """The rows of a log, without what a clock says; the last line may be half-written."""
+    found, path = [], folder / file
+    for line in path.read_text().split("\n") if path.exists() else ():
         try:
             found.append({key: value for key, value in json.loads(line).items() if not key.startswith(("time/", "perf/", "memory/"))})
         except json.JSONDecodeError:
