@@ -211,6 +211,7 @@ def watch(minutes: float, rank: int, world: int, store=None) -> None:
                 os._exit(1)
 
     over, thread = threading.Event(), threading.Thread(target=loop, daemon=True)
+    Clock.tick()  # the time before does not count: this may be a fork of a process that is hours old
     thread.start()
     # Python ends its daemon threads as they come back from C++, here from the store; C++ then aborts the whole process, whose work is done.
     atexit.register(lambda: (over.set(), thread.join(10)))

@@ -459,7 +459,9 @@ def plan_micro_batches(lengths: list[int], budget: int, world: int) -> list[list
         count += 1
 
 
-def update(policy, reference, optimizer, responses: list[Response], advantages: torch.Tensor, step: int, cfg: Config, clock) -> tuple[dict[str, float], torch.Tensor]:
+def update(
+    policy, reference, optimizer, responses: list[Response], advantages: torch.Tensor, step: int, cfg: Config, clock
+) -> tuple[dict[str, float], torch.Tensor]:
     """One pass over a rollout in cfg.minibatches optimizer steps. advantages [B].
 
     Returns metrics and, [2, V], how often each token of the vocabulary was clipped low and high; the same on all ranks.
@@ -663,7 +665,7 @@ def train(cfg: Config) -> dict[str, float]:
     Clock.tick()
     saver = Checkpoints(folder, cfg, data_id, say)
     saver.newest = position.step if checkpoint and checkpoint.parent == folder else -1
-    log = Log(folder, cfg, position.step) if rank == 0 else None
+    log = Log(folder, cfg, position) if rank == 0 else None
     bad_steps, metrics = 0, {}
 
     def sync(clock: Clock) -> None:

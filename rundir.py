@@ -82,14 +82,15 @@ def for_curves(row: dict) -> dict:
 class Log:
     """metrics.jsonl, samples.jsonl, clipped.jsonl, TensorBoard events and curves.png, written by rank 0."""
 
-    def __init__(self, folder: Path, cfg, start: int):
+    def __init__(self, folder: Path, cfg, position: "Position"):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder, self.tensorboard = folder, SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+        last = position.step - (position.pending is not None)  # step in the metrics; a resumed run repeats what came after its checkpoint
+        self.folder, self.tensorboard = folder, SummaryWriter(str(folder), purge_step=last + 1)
         self.rows, self.warned = [], set()
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-        for name in ("metrics.jsonl", "samples.jsonl", "clipped.jsonl"):  # a resumed run repeats what came after its checkpoint
-            rows = [row for row in read_jsonl(folder / name) if row["step"] <= start]
+        for name, end in {"metrics.jsonl": last, "samples.jsonl": position.step, "clipped.jsonl": position.step}.items():
+            rows = [row for row in read_jsonl(folder / name) if row["step"] <= end]
             (folder / "partial.jsonl").write_text("".join(map(to_line, rows)), encoding="utf-8")
             os.replace(folder / "partial.jsonl", folder / name)
             if name == "metrics.jsonl":
