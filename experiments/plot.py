@@ -26,7 +26,6 @@ COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#C
 STYLES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 1, 2))]  # and in print
 T975 = [math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 97.5 %, of 0, 1, ... degrees of freedom
 TIGHT, LOOSE = "hard small looping, tight", "hard small looping, loose"
-NAMES = {"lite_ppo": "Lite PPO"}
 
 Rows = dict[tuple[str, str], dict[int, dict]]  # (environment, setting) -> seed -> line of the results
 
@@ -46,7 +45,13 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 
 def final(key: str) -> Callable[[dict], float]:
-    return lambda row: row["final"][key]
+    return lambda row: correct_share(row, row["final"][key]) if key == "reward" else row["final"][key]
+
+
+def correct_share(row: dict, reward):
+    """A mean reward on the scale from 0 to 1, whatever the reward of a wrong response was."""
+    low = row["config"].get("reward_low", 0)
+    return (reward - low) / (1 - low)
 
 
 def effect(rows: Rows, setting: str, baseline: str, environments: Iterable[str], value=final("accuracy"), scale: float = 100) -> tuple[list[float], int]:
@@ -92,7 +97,7 @@ def where(*words: str) -> list[str]:
 
 def claims(rows: Rows, lines: list[dict]) -> dict[str, str]:
     """Every number that the README takes from here, by the name that stands behind it in a comment."""
-    found = {}
+    found = {"runs": f"{len(lines)}"}
     for name in ISOLATED[1:]:
         for words in ((), ("base",), ("aligned",), *((d,) for d in ("easy", "medium", "hard")), *((s,) for s in ("tiny", "small"))):
             found[f"{name}: {' '.join(words) or 'all'}"] = show(effect(rows, name, "lite_ppo", where(*words))[0])
@@ -100,7 +105,8 @@ def claims(rows: Rows, lines: list[dict]) -> dict[str, str]:
         for variant in ("base", "aligned"):
             found[f"{name}: {variant}, entropy"] = show(effect(rows, name, "lite_ppo", where(variant), final("policy/entropy"), 1)[0], 3)
             found[f"{name}: {variant}, length"] = show(effect(rows, name, "lite_ppo", where(variant), final("response/length_mean"), 1)[0])
-    for one, two in (("sequence level", "neither trick"), ("no normalisation", "neither trick"), ("lite_ppo", "neither trick"), ("batch mean", "group std"), ("no std", "group std")):
+    pairs = [(one, "neither trick") for one in ("sequence level", "no normalisation", "lite_ppo")] + [(one, "group std") for one in ("batch mean", "no std")]
+    for one, two in pairs:
         for words in ((), ("base",), ("aligned",)):
             found[f"{one} - {two}: {' '.join(words) or 'all'}"] = show(effect(rows, one, two, where(*words))[0])
     for e, label in zip(STEPS, ("base", "aligned")):
@@ -120,6 +126,9 @@ def claims(rows: Rows, lines: list[dict]) -> dict[str, str]:
         for name in ("lite_ppo", "overlong filter", "soft punishment"):
             found[f"{name}: {label}, truncated share"] = show(level(rows, name, [e], final("response/truncated")), 1, False)
             found[f"{name}: {label}, looping share"] = show(level(rows, name, [e], looping_share), 0, False)
+    for e, label in ((PAIR[0], "base"), (PAIR[1], "aligned"), ("easy small aligned", "easy aligned"), ("hard small base", "hard base")):
+        found[f"reward std: {label}"] = show(level(rows, "lite_ppo", [e], lambda row: statistics.mean(row["curve"]["reward/std"]), 1), 2, False)
+        found[f"std within / std: {label}"] = show(level(rows, "lite_ppo", [e], std_ratio, 1), 2, False)
     for name in (*DEFINITIONS, "eps 1e-4"):
         found[f"{name}: base"] = show(effect(rows, name, "lite_ppo", PAIR[:1])[0])
     for e, label in zip(PAIR, ("base", "aligned")):
@@ -129,20 +138,26 @@ def claims(rows: Rows, lines: list[dict]) -> dict[str, str]:
             found[f"tuned {name} - lite_ppo: {label}"] = show(effect(rows, f"tuned {name}", "tuned lite_ppo", [e])[0])
             found[f"tuned {name}: {label}, equal responses"] = show(level(rows, f"tuned {name}", [e], budget), 1, False)
             found[f"tuned {name} - lite_ppo: {label}, equal responses"] = show(effect(rows, f"tuned {name}", "tuned lite_ppo", [e], budget)[0])
+            found[f"tuned {name} - common lite_ppo: {label}"] = show(effect(rows, f"tuned {name}", "common lite_ppo", [e])[0])
+            found[f"common {name}: {label}"] = show(level(rows, f"common {name}", [e]), 1, False)
             found[f"rate of {name}"] = best_rate(lines, name)
             sampled = level(rows, f"tuned {name}", [e], lambda row: sum(row["curve"]["rollout/responses"]), 1)
             found[f"responses of {name}: {label}"] = f"{statistics.mean(sampled):.0f}" if sampled else "not run"
     return found
 
 
+def std_ratio(row: dict) -> float:
+    """Spread within groups over the std of the raw rewards, both averaged over the steps of a run."""
+    return statistics.mean(row["curve"]["reward/std_within"]) / statistics.mean(row["curve"]["reward/std"])
+
+
 def looping_share(row: dict) -> float:
     """Share of the truncated responses of the whole run that end in a loop."""
-    curve = row["curve"]
-    cut = sum(curve["response/truncated"])
-    return sum(t * share for t, share in zip(curve["response/truncated"], curve["response/looping"])) / cut if cut else math.nan
+    cut = sum(curve(row, "response/truncated"))
+    return sum(curve(row, "looping")) / cut if cut else math.nan
 
 
-MARKED = re.compile(r"(?P<text>[^|\s(][^|(<>]*?)<!-- (?P<name>[^>]+?) -->")
+MARKED = re.compile(r"(?P<text>not run|[+-]?(?:\d[\d.]*(?:e-\d)?|nan)(?: \[[-+\d., na]+\])?)<!-- (?P<name>[^>]+?) -->")
 
 
 def refresh(text: str, found: dict[str, str]) -> str:
@@ -159,21 +174,22 @@ def refresh(text: str, found: dict[str, str]) -> str:
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 PANELS = {  # of a curve: title, label of the axis, key, factor
-    "reward": ("training reward", "mean of 64 responses", "reward/mean", 1),
+    "reward": ("training reward", "mean of a step, 0 to 1", "reward/mean", 1),
     "entropy": ("entropy", "nats per token", "policy/entropy", 1),
     "length": ("response length", "tokens", "response/length_mean", 1),
     "clip_high": ("clipped high", "% of tokens", "policy/clip_high", 100),
     "clip_low": ("clipped low", "% of tokens", "policy/clip_low", 100),
     "truncated": ("truncated", "% of responses", "response/truncated", 100),
-    "looping": ("looping, of the truncated", "%", "response/looping", 100),
+    "looping": ("looping", "% of responses", "looping", 100),
     "grad_norm": ("gradient norm", "before clipping", "policy/grad_norm", 1),
     "spread": ("reward spread", "std of the step", "reward/std", 1),
 }
 
 
 def label_of(setting: str) -> str:
-    setting = setting.removeprefix("tuned ")
-    return NAMES.get(setting, setting.replace("lite_ppo", "Lite PPO"))
+    if setting.startswith("common "):
+        return label_of(setting.removeprefix("common ")) + ", common rate"
+    return setting.removeprefix("tuned ").replace("lite_ppo", "Lite PPO")
 
 
 def band(axes, x, curves: np.ndarray, i: int, label: str) -> None:
@@ -181,6 +197,13 @@ def band(axes, x, curves: np.ndarray, i: int, label: str) -> None:
     mean, low, high = np.array([interval(list(column)) for column in curves.T]).T
     axes.plot(x, mean, color=COLOURS[i], linestyle=STYLES[i], linewidth=1.8 if i == 0 else 1.4, label=label)
     axes.fill_between(x, low, high, color=COLOURS[i], alpha=0.13, linewidth=0)
+
+
+def curve(row: dict, key: str) -> list[float]:
+    """A curve of the results; looping responses as a share of all, for a share of the truncated ones says nothing where none is truncated."""
+    if key == "looping":
+        return [cut * share for cut, share in zip(row["curve"]["response/truncated"], row["curve"]["response/looping"])]
+    return row["curve"][key]
 
 
 def smooth(values: list[float], width: int = 3) -> np.ndarray:
@@ -202,20 +225,22 @@ def multiples(rows: Rows, title: str, environments: list[str], settings: list[st
             key = next(k for k in cell[0]["evaluation"] if k.endswith("/accuracy"))
             band(line[0], cell[0]["evaluation"]["step"], 100 * np.array([row["evaluation"][key] for row in cell]), i, label_of(setting))
             for axes, panel in zip(line[1:], panels):
-                curves = PANELS[panel][3] * np.array([smooth(row["curve"][PANELS[panel][2]]) for row in cell])
+                curves = PANELS[panel][3] * np.array([smooth(curve(row, PANELS[panel][2])) for row in cell])
+                curves = correct_share(cell[0], curves) if panel == "reward" else curves
                 band(axes, np.arange(1, curves.shape[1] + 1), curves, i, label_of(setting))
         for axes, (name, unit) in zip(line, [("held-out accuracy", "%"), *(PANELS[p][:2] for p in panels)]):
             axes.set_title("" if number else name, fontsize=10)
             axes.set_ylabel(unit if axes is not line[0] else f"{e}\n{unit}", fontsize=8.5)
             axes.tick_params(labelsize=8)
             axes.grid(alpha=0.25)
-            if axes is not line[0]:
+            if name not in ("held-out accuracy", "training reward"):
                 axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))  # an interval may reach below what a share can be
             if number + 1 == len(grid):
                 axes.set_xlabel("step", fontsize=8.5)
     handles, labels = max((axes.get_legend_handles_labels() for axes in grid[:, 0]), key=lambda pair: len(pair[1]))
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), fontsize=9, frameon=False)
-    figure.suptitle(f"{title}   (mean and 95 % interval over {len(cell)} seeds)", fontsize=11)
+    seeds = sorted({len(rows[e, s]) for e in environments for s in settings if (e, s) in rows})
+    figure.suptitle(f"{title}   (mean and 95 % interval over {' or '.join(map(str, seeds))} seeds)", fontsize=11)
     figure.savefig(path, dpi=110)
 
 
@@ -280,12 +305,15 @@ QUESTIONS = {  # file: title, environments, settings, panels
               ["reward", "entropy", "grad_norm"]),
     "std": ("(b) With and without a standard deviation", ["easy small aligned", "hard small base"], ["lite_ppo", "group std", "no std"],
             ["reward", "spread", "entropy", "grad_norm"]),
-    "clip": ("(c) Clip-higher, 8 optimizer steps per rollout", STEPS, ["lite_ppo", "clip 0.24", "clip 0.28", "clip 0.32"], ["reward", "entropy", "clip_high", "clip_low"]),
+    "clip": ("(c) Clip-higher, 8 optimizer steps per rollout", STEPS, ["lite_ppo", "clip 0.24", "clip 0.28", "clip 0.32"],
+             ["reward", "entropy", "clip_high", "clip_low"]),
     "level": ("(d) Level of the loss", PAIR, ["lite_ppo", "sequence level", "constant level"], ["reward", "entropy", "length", "clip_low"]),
     "overlong": ("(e) Responses that are cut", [TIGHT, LOOSE], ["lite_ppo", "overlong filter", "soft punishment"], ["reward", "truncated", "looping", "length"]),
-    "parts": ("(f) Lite PPO and its two parts", PAIR, ["lite_ppo", "sequence level", "no normalisation", "neither trick"], ["reward", "entropy", "length", "grad_norm"]),
+    "parts": ("(f) Lite PPO and its two parts", PAIR, ["lite_ppo", "sequence level", "no normalisation", "neither trick"],
+              ["reward", "entropy", "length", "grad_norm"]),
     "definitions": ("(g) What others call the std of the batch", PAIR[:1], ["lite_ppo", *DEFINITIONS, "eps 1e-4"], ["reward", "entropy", "grad_norm"]),
-    "methods": ("(f) Methods, each at its own learning rate", PAIR, [f"tuned {name}" for name in METHODS], ["reward", "entropy", "length", "clip_high"]),
+    "methods": ("(f) Methods, each at its own learning rate", PAIR, [*(f"tuned {name}" for name in METHODS), "common lite_ppo"],
+                ["reward", "entropy", "length", "clip_high"]),
 }  # fmt: skip
 
 
@@ -294,8 +322,8 @@ QUESTIONS = {  # file: title, environments, settings, panels
 
 def tables(rows: Rows, lines: list[dict], found: dict[str, str]) -> str:
     """results.md: every cell of every question."""
-    text = ["# Results", "", "Made by `python experiments/plot.py` from `results/toy.jsonl`. Accuracy: held out, in %, at the last step; effects: percentage points against "
-            "Lite PPO in the same environment, seed by seed; intervals: Student's, 95 %, over the seeds.", ""]  # fmt: skip
+    text = ["# Results", "", "Made by `python experiments/plot.py` from `results/toy.jsonl`. Accuracy: held out, in %, at the last step; effects: percentage "
+            "points against Lite PPO in the same environment, seed by seed; intervals: Student's, 95 %, over the seeds.", ""]  # fmt: skip
     seconds, days = sum(row["seconds"] for row in lines), sorted({row["date"] for row in lines})
     text += [f"{len(lines)} runs, {seconds / 3600:.1f} hours of single-threaded runs, {days[0]} to {days[-1]}.", ""]
 
@@ -317,9 +345,11 @@ def tables(rows: Rows, lines: list[dict], found: dict[str, str]) -> str:
     table(f"Sweep of the learning rate: {PAIR[0]}, seeds 101 to 103", ["method", *RATES, "chosen"], body)
     for e, name in zip(PAIR, ("base", "aligned")):
         body = [[label_of(m), found[f"rate of {m}"], str(len(rows.get((e, f"tuned {m}"), {}))), found[f"tuned {m}: {name}"], found[f"tuned {m} - lite_ppo: {name}"],
-                 found[f"responses of {m}: {name}"], found[f"tuned {m}: {name}, equal responses"], found[f"tuned {m} - lite_ppo: {name}, equal responses"]]
+                 found[f"tuned {m} - common lite_ppo: {name}"], found[f"responses of {m}: {name}"], found[f"tuned {m}: {name}, equal responses"],
+                 found[f"tuned {m} - lite_ppo: {name}, equal responses"]]
                 for m in METHODS]  # fmt: skip
-        table(f"Methods, {e}", ["method", "rate", "seeds", "accuracy at equal steps", "against Lite PPO", "sampled responses", "accuracy at 1,280 responses", "against Lite PPO"], body)
+        table(f"Methods, {e}", ["method", "rate", "seeds", "accuracy at equal steps", "against Lite PPO", "against Lite PPO at the common rate",
+                                "sampled responses", "accuracy at 1,280 responses", "against Lite PPO"], body)  # fmt: skip
     return "\n".join(text)
 
 

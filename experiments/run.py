@@ -68,7 +68,7 @@ METHODS = {
     **{preset: f"--preset {preset}" for preset in ("lite_ppo", "grpo", "dapo", "dr_grpo", "rloo", "reinforce")},
     "dapo, no resampling": "--preset dapo --no-dynamic-sampling",  # as many sampled responses as the others
 }
-RATES = ("2.5e-4", "5e-4", "1e-3")
+RATES = ("1.25e-4", "2.5e-4", "5e-4", "1e-3")
 
 
 def _std_ddof_0(rewards, lengths):
@@ -166,9 +166,11 @@ def best_rate(rows: list[dict], method: str) -> str:
 
 def methods(rows: list[dict], environments, seeds) -> list[Run]:
     """The methods, each with its own learning rate, at equal optimizer steps; evaluated often, for a comparison at equal responses."""
-    rates = {name: best_rate(rows, name) for name in METHODS}
-    return [Run(e, f"tuned {name}", seed, f"{ENVIRONMENTS[e]} {flags} --lr {rates[name]} --eval-every 3") for e in environments
-            for name, flags in METHODS.items() for seed in seeds]  # fmt: skip
+    rates = {f"tuned {name}": best_rate(rows, name) for name in METHODS}
+    common = statistics.mode(rates.values())  # and those whose rate is another one, at that of most: three seeds choose with some luck
+    rates |= {f"common {name}": common for name in METHODS if rates[f"tuned {name}"] != common}
+    return [Run(e, name, seed, f"{ENVIRONMENTS[e]} {METHODS[name.split(' ', 1)[1]]} --lr {rate} --eval-every 3") for e in environments
+            for name, rate in rates.items() for seed in seeds]  # fmt: skip
 
 
 ISOLATED = ["lite_ppo", "group std", "no std", "batch mean", "no normalisation", "sequence level", "neither trick", "clip 0.28"]
@@ -274,16 +276,15 @@ def run_all(runs: list[Run], results: Path, folder: Path, jobs: int, launch: str
 
 
 def load(results: Path) -> list[dict]:
-    """The newest line of each run; one that was cut off is left out."""
-    lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
-    rows = []
-    for i, line in enumerate(lines):
+    """The newest line of each run."""
+    rows = {}
+    for i, line in enumerate(results.read_text(encoding="utf-8").splitlines() if results.exists() else ()):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
-            if i + 1 < len(lines):
-                raise SystemExit(f"{results}: line {i + 1} is not JSON; remove it") from None
-    return list({(row["environment"], row["setting"], row["seed"]): row for row in rows}.values())
+            raise SystemExit(f"{results}: line {i + 1} is not JSON; remove it") from None
+        rows[row["environment"], row["setting"], row["seed"]] = row
+    return list(rows.values())
 
 
 def main() -> int:
@@ -308,6 +309,8 @@ def main() -> int:
         parser.error(f"--only {' '.join(sorted(unknown))}: there are {', '.join(questions([], False))}")
     if bool(args.models) != bool(args.train_data and args.eval_data):
         parser.error("--models, --train-data and --eval-data go together")
+    if args.results.exists() and not (text := args.results.read_text(encoding="utf-8")).endswith("\n"):
+        args.results.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")  # a line that was cut off: its run is made again
     began, failed = time.time(), []
     if args.models:
         choices = SETTINGS | {f"preset {name}": flags for name, flags in METHODS.items()}
@@ -319,8 +322,9 @@ def main() -> int:
         stages, args.launch, args.jobs = [lambda rows: runs], args.launch or sys.executable, args.jobs or 1
     else:
         chosen = args.only or list(questions([], False))
-        early = [name for name in chosen if name != "methods"]  # those take their learning rates from the sweep
-        stages = [lambda rows, names=names: [run for name in names for run in questions(rows, args.reduced)[name]] for names in (early, [n for n in chosen if n == "methods"])]
+        early = [n for n in questions([], False) if n != "methods" and (n in chosen or (n == "sweep" and "methods" in chosen))]  # gives them their rates
+        late = [name for name in chosen if name == "methods"]
+        stages = [lambda rows, names=names: [run for name in names for run in questions(rows, args.reduced)[name]] for names in (early, late)]
         for run in stages[0]([]):  # the models, made one at a time before anything else
             toy.resolve_model(next(flag for flag in run.flags.split() if flag.startswith("toy:")))
     for stage in stages:
