@@ -19,7 +19,7 @@ from typing import Callable, Iterable
 
 import numpy as np
 from matplotlib.figure import Figure
-from run import CURVES, DEFINITIONS, GRID, ISOLATED, METHODS, PAIR, RATES, SETTINGS, STEPS, best_rate, load
+from run import DEFINITIONS, GRID, ISOLATED, METHODS, PAIR, RATES, STEPS, best_rate, load
 
 HERE = Path(__file__).resolve().parent
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999"]  # Okabe and Ito: told apart by everybody
