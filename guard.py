@@ -127,13 +127,18 @@ def out_of_memory(error: BaseException) -> str:
     return f"out of memory; {remedy} helps. benchmarks/memory_plan.py tells what fits. ({(str(error).strip() or 'MemoryError').splitlines()[0]})"
 
 
+def rank_has_ended(error: BaseException) -> bool:
+    """Whether this is what a rank sees when another one is no more."""
+    gone = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "remote process exited", "communicator was aborted")
+    return any(words in str(error) for words in gone)
+
+
 def describe(error: BaseException, rank: int) -> str:
     """A failure in one message: where, what, and the remedy or the stack."""
     where, text = f"error: rank {rank}, {Clock.where()}", f"{type(error).__name__}: {error}"
     if memory := out_of_memory(error):
         return f"{where}: {memory}"
-    gone = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "remote process exited", "communicator was aborted")
-    if any(words in text for words in gone):
+    if rank_has_ended(error):
         return f"{where}: another rank has ended ({text.splitlines()[0][:200]})"
     if isinstance(error, OSError):  # a full disk, a lost mount
         return f"{where}: {text}; checkpoints are as they were, and the same command goes on from the newest one"
@@ -225,8 +230,8 @@ class Signals:
     interruptible = False  # in a block that may be left at any moment
 
 
-def install_signals() -> None:
-    """SIGTERM and SIGINT end the run at the next place where every rank can leave: see `interruptible`."""
+def install_signals(held: contextlib.ExitStack) -> None:
+    """Until `held` ends, SIGTERM and SIGINT end the run at the next place where every rank can leave: see `interruptible`."""
 
     def note(number, frame) -> None:
         Signals.received = Signals.received or number
@@ -234,8 +239,8 @@ def install_signals() -> None:
             Signals.interruptible = False
             raise Stopped
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
+    for number in (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ():  # elsewhere Python has no handlers
+        held.callback(signal.signal, number, signal.signal(number, note))
 
 
 def interruptible(work: Callable[[], Any], otherwise: Any) -> Any:

@@ -20,6 +20,7 @@ Map:  1 config   2 policy (FSDP2, packed forward)   3 rollout   4 PPO step   5 e
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -33,7 +34,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Iterator, Literal
 
@@ -52,8 +53,8 @@ import toy
 import tricks
 from data import Problem, UserError, load_problems
 from guard import Clock, RunError, Signals, Stopped
-from rewards import Grader, load_reward
-from rundir import Checkpoints, Log, Position, check_space, find_checkpoint, load_checkpoint, rollout_metrics, save_model
+from rewards import Grader, load_reward, reward_id
+from rundir import Checkpoints, Log, Position, check_space, find_checkpoint, load_checkpoint, open_folder, rollout_metrics, save_model
 from samplers import Sampling, build_model
 
 
@@ -69,7 +70,7 @@ class Config:
 
     # model and data
     preset: Literal["lite_ppo", "paper", "reinforce", "grpo", "dapo", "dr_grpo", "rloo"] = "lite_ppo"  # a bundle of flags
-    model: str = "toy"  # folder or hub id of a Hugging Face causal language model; toy[:tiny|small|large][:base|aligned|looping] = the embedded one
+    model: str = "toy"  # folder or hub id of a Hugging Face causal language model; toy[:SIZE][:VARIANT] = the embedded one, see toy.py
     train_data: str = ""  # JSONL or Parquet file, hub set OWNER/NAME[:CONFIG][@SPLIT], the paper's easy|medium|hard, or toy[:easy|medium|hard]
     eval_data: tuple[str, ...] = ()  # held-out sets, any number: as above, math500 aime24 aime25 amc23 minerva olympiadbench gsm8k, or NAME=SET
     system_prompt: str = r"Please reason step by step, and put your final answer within \boxed{}."  # the paper's; "" = none
@@ -379,7 +380,8 @@ def sample(sampler, grader, tokenizer, problems: list[Problem], seeds: list[int]
     mine = range(engine, len(problems), engines)
     with clock("rollout"):
         work = lambda: sampler.generate([problems[i].prompt_ids for i in mine], [seeds[i] for i in mine], sampling)  # noqa: E731
-        samples = guard.interruptible(work, []) if mine else []
+        alone = cfg.tensor_parallel_size == 1  # else ranks meet in the engine, and none may leave the others there
+        samples = (guard.interruptible(work, []) if alone else work()) if mine else []
         if dist.get_rank() % cfg.tensor_parallel_size:
             samples = []  # the first rank of this engine speaks for it
     with clock("reward"):
@@ -540,12 +542,15 @@ def update(
 
 
 def check_gap(packs: list[Pack], step: int, cfg: Config) -> dict[str, float]:
-    """Log-prob gap between sampler and trainer over the same tokens; stops the run when it shows other weights."""
-    gaps = torch.cat([(p.rollout_logprobs - p.old_logprobs).abs()[p.owner >= 0] for p in packs])
+    """Log-prob gap between sampler and trainer over the same tokens; stops the run when it shows other weights.
+
+    Where the trainer's own are not finite, the optimizer step will be skipped, and its responses named.
+    """
+    gaps = torch.cat([(p.rollout_logprobs - p.old_logprobs).abs()[(p.owner >= 0) & p.old_logprobs.isfinite()] for p in packs]).detach()
     total, largest = torch.stack([gaps.sum(), torch.full_like(gaps.sum(), gaps.numel())]), F.pad(gaps, (0, 1)).max()
     dist.all_reduce(total)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    mean, largest = float(total[0] / total[1]), float(largest)
+    mean, largest = float(total[0] / total[1].clamp(min=1)), float(largest)
     bound = cfg.max_logprob_gap or (1e-3 if compute_dtype(cfg) == torch.float32 else 0.1)
     if not mean <= bound and cfg.top_p == 1 and cfg.top_k == 0:
         raise RunError(
@@ -558,7 +563,7 @@ def check_gap(packs: list[Pack], step: int, cfg: Config) -> dict[str, float]:
 # ---- 5. evaluation ---------------------------------------------------------------------------------------------------
 
 
-def evaluate(sampler, grader, tokenizer, sets: dict[str, list[Problem]], cfg: Config, say=lambda text: None) -> dict[str, float]:
+def evaluate(sampler, grader, tokenizer, sets: dict[str, list[Problem]], cfg: Config, say=lambda text: None, log=None) -> dict[str, float]:
     """Accuracy (mean over eval_samples responses), its interval, and pass@k per set. A response is correct if its score is at least 1.
 
     The seeds are the same at every evaluation: differences come from the model.
@@ -577,7 +582,12 @@ def evaluate(sampler, grader, tokenizer, sets: dict[str, list[Problem]], cfg: Co
             "pass_at_k": float(tricks.pass_at_k(torch.full_like(correct, cfg.eval_samples), correct, cfg.eval_pass_k).mean()),
             "length_mean": float(np.mean([len(r.token_ids) for r in responses])),
             "truncated": float(np.mean([r.truncated for r in responses])),
+            "failed": float(np.mean([r.failure != "" for r in responses])),
         }
+        if found["failed"]:
+            say(f"warning: step {Clock.step}: {found['failed']:.1%} of the responses to {name} got no verdict and count as wrong: reasons in samples.jsonl")
+        if log:
+            log.failures(Clock.step, name, responses)
         metrics |= {f"eval/{name}/{key}": value for key, value in found.items()}
         say(f"step {Clock.step:4d}  {name}: accuracy {found['accuracy']:.3f} [{low:.3f}, {high:.3f}]  "
             f"pass@{cfg.eval_pass_k} {found['pass_at_k']:.3f}  length {found['length_mean']:.0f}")  # fmt: skip
@@ -605,7 +615,9 @@ def load_sets(tokenizer, cfg: Config) -> tuple[list[Problem], dict[str, list[Pro
     _, train_set, counts["too long"] = load("--train-data", cfg.train_data, split="train", counts=counts)
     sets = {}
     for item in cfg.eval_data:
-        label, _, name = item.rpartition("=")
+        label, _, name = item.partition("=")
+        if not name or not re.fullmatch(r"[\w.-]+", label) or os.path.exists(item):  # a path may hold the sign, too
+            label, name = "", item
         path, problems, too_long = load("--eval-data", name, split="test", limit=cfg.eval_size or None)
         label = label or ("toy" if is_toy(name) else re.sub("[:@].*", "", Path(path).stem))
         if label in sets:
@@ -616,30 +628,25 @@ def load_sets(tokenizer, cfg: Config) -> tuple[list[Problem], dict[str, list[Pro
     return train_set, sets, ", ".join(f"{n} {reason}" for reason, n in counts.items() if n) or "none"
 
 
-def output_dir(cfg: Config) -> Path:
-    label = f"runs/{Path(cfg.model).name.replace(':', '-')}-{cfg.preset}-seed{cfg.seed}-{datetime.now():%Y%m%d-%H%M%S}"
-    folder = Path(gather([cfg.output_dir or label])[0])  # rank 0's clock
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if dist.get_rank() == 0:
-            (folder / "partial.jsonl").write_text("")  # can it be written to?
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: {error}") from None
-    return folder
-
-
 def train(cfg: Config) -> dict[str, float]:
     """The whole run; torch.distributed must be initialised. Returns the last step's metrics."""
+    with contextlib.ExitStack() as held:
+        return run(cfg, held)
+
+
+def run(cfg: Config, held: contextlib.ExitStack) -> dict[str, float]:
+    """train() itself; `held` lets go of workers, lock and signals, whatever ends the run."""
     rank, world, device, began = dist.get_rank(), dist.get_world_size(), compute_device(), time.time()
     say = tqdm.write if rank == 0 else lambda text: None
     kind, reason = samplers.choose_sampler(cfg.sampler)
     path = samplers.resolve_model(cfg.model)
     tokenizer, eos_ids = samplers.load_tokenizer(path, cfg.max_prompt_tokens + cfg.max_new_tokens)
     train_set, sets, left_out = load_sets(tokenizer, cfg)
-    data_id = f"{len(train_set)} problems, {seed_for([(p.prompt_ids, p.row['answer']) for p in train_set]):012x}"
+    identity = {"training problems": f"{len(train_set)} problems, {seed_for([(p.prompt_ids, p.row['answer']) for p in train_set]):012x}",
+                "sampler in use": kind, "dtype in use": str(compute_dtype(cfg)), "reward file": reward_id(cfg.reward)}  # fmt: skip
     Clock.tick()  # here and below: each of these may take its time, none of them all of it
-    folder = output_dir(cfg)
-    checkpoint = find_checkpoint(folder, cfg, data_id)
+    folder = open_folder(cfg, gather, held)
+    checkpoint = gather([find_checkpoint(folder, cfg, identity)])[0]  # rank 0's, should a network file system show others an older one
     check_space(folder, path, cfg)
     say(f"model {cfg.model}, {len(train_set)} training problems (left out: {left_out}), {world} rank(s), {device.type}, {compute_dtype(cfg)}")
     say(f"sampler {kind}: {reason}")
@@ -649,6 +656,7 @@ def train(cfg: Config) -> dict[str, float]:
         say("note: with one optimizer step per rollout the ratio is 1 and no clip can bind; --minibatches 2 or more changes that")
     workers = cfg.reward_workers or max(1, min(8, os.cpu_count() // env("LOCAL_WORLD_SIZE", 1)))
     grader = Grader(cfg.reward, cfg.reward_timeout, workers, cfg.reward_memory_gib)
+    held.callback(grader.close)
     # The sampler before the policy: vLLM measures the GPU's free memory when it starts.
     sampler = {"vllm": samplers.VllmSampler, "transformers": samplers.TransformersSampler}[kind](cfg, path, eos_ids, device, compute_dtype(cfg))
     Clock.tick()
@@ -663,7 +671,7 @@ def train(cfg: Config) -> dict[str, float]:
     if checkpoint:
         say(f"resumed from {checkpoint}, {position.step} of {cfg.steps} steps done")
     Clock.tick()
-    saver = Checkpoints(folder, cfg, data_id, say)
+    saver = Checkpoints(folder, cfg, identity, say)
     saver.newest = position.step if checkpoint and checkpoint.parent == folder else -1
     log = Log(folder, cfg, position) if rank == 0 else None
     bad_steps, metrics = 0, {}
@@ -673,7 +681,8 @@ def train(cfg: Config) -> dict[str, float]:
             sampler.load_weights(full_weights(policy, compute_dtype(cfg)))
 
     sync(Clock())
-    bar = tqdm(initial=position.step, total=cfg.steps, disable=rank > 0, unit="step", dynamic_ncols=True)
+    guard.install_signals(held)  # until here nothing can be lost, and a signal ends the process at once
+    bar = held.enter_context(tqdm(initial=position.step, total=cfg.steps, disable=rank > 0, unit="step", dynamic_ncols=True))
     try:
         for step in range(position.step + (position.pending is None), cfg.steps + 1):
             clock, Clock.step = Clock(), step
@@ -699,7 +708,7 @@ def train(cfg: Config) -> dict[str, float]:
                 bar.update()
             metrics = dict(position.pending)
             if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
-                metrics |= evaluate(sampler, grader, tokenizer, sets, cfg, say)
+                metrics |= evaluate(sampler, grader, tokenizer, sets, cfg, say, log)
             position.pending = None
             if rank == 0:
                 for warning in log.metrics(step, metrics):
@@ -725,9 +734,6 @@ def train(cfg: Config) -> dict[str, float]:
         say(f"ended by a signal after step {position.step}; the same command with --output-dir {folder} goes on from there")
         sampler.close()
         raise
-    finally:
-        bar.close()
-        grader.close()
     sampler.close()  # not after a failure: it would wait for the other ranks
     return metrics
 
@@ -759,7 +765,6 @@ def main() -> int:
     """Exit code: 0 done, 1 failed, 2 a mistake of the caller's, 128 + signal stopped."""
     try:
         cfg = parse_config()
-        guard.install_signals()
         connect(cfg)
         train(cfg)
         code, message = 0, ""
@@ -769,7 +774,7 @@ def main() -> int:
         code, message = 2, str(error)
     except RunError as error:
         code, message = 1, f"{Clock.where()}: {error}"
-    except Exception as error:
+    except (Exception, dcp.api.CheckpointException) as error:  # torch's report about all ranks is no Exception
         code, message = 1, ""
         print(guard.describe(error, env("RANK", 0)), file=sys.stderr, flush=True)
     if message and env("LOCAL_RANK", 0) == 0:  # every rank finds the same
@@ -783,4 +788,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it without a traceback, as SIGTERM does, until the loop wants to know: guard.install_signals
     sys.exit(main())

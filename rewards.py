@@ -14,6 +14,7 @@ but never calls it, so nothing keeps it from killing a worker, not even a comput
 import contextlib
 import functools
 import gc
+import hashlib
 import inspect
 import logging
 import math
@@ -128,6 +129,12 @@ def load_reward(spec: str) -> Reward:
     except ValueError:
         pass  # some built-in functions have no signature
     return function
+
+
+def reward_id(spec: str) -> str:
+    """math, exact, or a checksum of the file: an edited reward is another one."""
+    path = spec.rpartition(":")[0]
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=6).hexdigest() if path else spec
 
 
 # ---- a worker: one response at a time --------------------------------------------------------------------------------

@@ -1,11 +1,16 @@
 """What a run leaves on disk: metrics, samples, curves, checkpoints, the final model."""
 
+import contextlib
 import dataclasses
 import html
 import json
 import math
 import os
+import re
+import secrets
 import shutil
+import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +18,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from filelock import FileLock, Timeout  # torch depends on it
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 
 import tricks
 from data import UserError
-from guard import Clock, RunError
+from guard import Clock, RunError, out_of_memory, rank_has_ended
+from samplers import stored_shapes
 
 
 # ---- metrics and logs ------------------------------------------------------------------------------------------------
@@ -90,7 +97,7 @@ class Log:
         self.rows, self.warned = [], set()
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
         for name, end in {"metrics.jsonl": last, "samples.jsonl": position.step, "clipped.jsonl": position.step}.items():
-            rows = [row for row in read_jsonl(folder / name) if row["step"] <= end]
+            rows = [row for row in read_jsonl(folder / name) if row["step"] <= (last if "eval" in row else end)]
             (folder / "partial.jsonl").write_text("".join(map(to_line, rows)), encoding="utf-8")
             os.replace(folder / "partial.jsonl", folder / name)
             if name == "metrics.jsonl":
@@ -122,6 +129,13 @@ class Log:
             file.writelines(map(to_line, rows))
         for row in rows[:1]:  # TensorBoard renders Markdown and HTML: a model's text must be neither
             self.tensorboard.add_text("sample", f"<pre>{html.escape(row['prompt'] + chr(10) * 2 + row['response'])}</pre>", step)
+
+    def failures(self, step: int, name: str, responses: list) -> None:
+        """Responses of an evaluation that got no verdict, at most 20."""
+        with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+            for r in [r for r in responses if r.failure][:20]:
+                file.write(to_line({"step": step, "eval": name, "prompt": r.problem.row["problem"], "response": r.text, "gold": r.problem.row["answer"],
+                                    "truncated": r.truncated, "length": len(r.token_ids), "failure": r.failure, "time/reward": r.seconds}))  # fmt: skip
 
     def clipped(self, step: int, counts: torch.Tensor, tokenizer) -> None:
         """The 20 tokens that were clipped most, by side, with counts [2, V]; no line where nothing was clipped."""
@@ -169,11 +183,11 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def warnings(rows: list[dict[str, float]]) -> list[str]:
     """What the metrics of a run say about its health. Each text begins with its name and a colon."""
-    now, steps = rows[-1], [row for row in rows if row.get("policy/entropy") is not None]
-    if not steps or now is not steps[-1]:
+    now, first, recent = rows[-1], next((row for row in rows if row.get("policy/entropy") is not None), None), rows[-5:]
+    if first is None or "reward/failed" not in now:  # step 0
         return []
-    first, recent = steps[0], steps[-5:]
-    every = lambda key, law: len(recent) == 5 and all(law(row[key]) for row in recent)  # noqa: E731  of the last five steps
+    known = lambda key, law: all(row.get(key) is not None and math.isfinite(row[key]) and law(row[key]) for row in recent)  # noqa: E731
+    every = lambda key, law: len(recent) == 5 and known(key, law)  # noqa: E731  of the last five steps
     found = {
         "entropy collapse": (every("policy/entropy", lambda x: x < 0.01 and x < 0.1 * first["policy/entropy"]),
                              "below 0.01 nats per token and a tenth of the first step's: samples hardly differ. On a hard task: a lower --lr, or --clip-high"),
@@ -182,7 +196,7 @@ def warnings(rows: list[dict[str, float]]) -> list[str]:
         "short responses": (every("response/length_mean", lambda x: x < 0.1 * first["response/length_mean"]),
                             "a tenth of the first step's length: look at samples.jsonl; the reward may be had without reasoning"),
         "truncated responses": (every("response/truncated", lambda x: x > 0.5), "more than half hit --max-new-tokens: raise it, or see --overlong-filter"),
-        "nothing to learn": (len(recent) == 5 and all(row["reward/std"] == 0 for row in recent),
+        "nothing to learn": (every("reward/std", lambda x: x == 0),
                              "all rewards of the step are equal, so every advantage is 0: other --train-data, or look at samples.jsonl for the reason"),
         "failing rewards": (now["reward/failed"] > 0.05, f"{now['reward/failed']:.0%} of the responses got no verdict: reasons in samples.jsonl"),
     }  # fmt: skip
@@ -208,53 +222,89 @@ class Position:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    return sorted(folder.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+    found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}  # a user's checkpoint-best is none of ours
+    return sorted((path for path in found if found[path]), key=lambda path: int(found[path][1]))
 
 
-def find_checkpoint(folder: Path, cfg, data_id: str) -> Path | None:
-    """The checkpoint that this run goes on from, if any; its settings must be this run's, unless --resume names it."""
+def find_checkpoint(folder: Path, cfg, identity: dict[str, str]) -> Path | None:
+    """The checkpoint that this run goes on from, if any; its settings must be this run's, unless --resume names it.
+
+    identity: what a run depends on besides its flags, such as its problems, by name.
+    """
     found = checkpoints(folder)
-    if cfg.resume == "never":
-        if found:
-            raise UserError(f"--resume never: --output-dir {folder} holds {found[-1].name}; give another folder")
-        return None
-    path = found[-1] if found else None
-    if cfg.resume != "auto":
-        path = Path(cfg.resume)
-        if not os.path.isfile(path / "state.json"):
-            raise UserError(f"--resume {cfg.resume}: neither auto nor never nor a checkpoint folder (it would hold state.json)")
-        if found and found[-1].resolve() != path.resolve():
+    if not found and (folder / "final").exists():
+        raise UserError(f"--output-dir {folder}: holds the final model of a run and no checkpoint to go on from; give another folder, or move it away")
+    if cfg.resume == "never" and found:
+        raise UserError(f"--resume never: --output-dir {folder} holds {found[-1].name}; give another folder")
+    saved = read_state(found[-1]) if found else {}
+    if cfg.resume not in ("auto", "never"):
+        path, goes_on = Path(cfg.resume), found and saved["config"]["resume"] == cfg.resume  # this run began there, was ended, and has come further
+        if not goes_on:
+            read_state(path)
+        if not found or found[-1].resolve() == path.resolve():
+            return path
+        if not goes_on:
             raise UserError(f"--resume {cfg.resume}: --output-dir {folder} holds {found[-1].name}, another one; give another folder")
-        return path
-    if path:
-        try:
-            saved = json.loads((path / "state.json").read_text())
-            old = saved["config"] | {"training problems": saved["data_id"]}
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path}: not a checkpoint of this version ({type(error).__name__}: {error}); move it away, or give another --output-dir") from None
-        new = json.loads(json.dumps(dataclasses.asdict(cfg) | {"training problems": data_id}))
-        changed = [f"{key}: {old.get(key)} -> {value}" for key, value in new.items() if key not in MAY_CHANGE and old.get(key) != value]
-        if changed:
-            raise UserError(f"--output-dir {folder}: {path.name} was made with other settings ({'; '.join(changed)}); "
-                            f"take those, another folder, or --resume {path} with another folder to go on from it with the new ones")  # fmt: skip
-    return path
+    if not found:
+        return None
+    old, new = ({**config, **rest} for config, rest in ((saved["config"], saved["identity"]), (json.loads(json.dumps(dataclasses.asdict(cfg))), identity)))
+    changed = [f"{key}: {old.get(key)} -> {value}" for key, value in new.items() if key not in MAY_CHANGE and old.get(key) != value]
+    if changed:
+        raise UserError(f"--output-dir {folder}: {found[-1].name} was made with other settings ({'; '.join(changed)}); "
+                        f"take those, another folder, or --resume {found[-1]} with another folder to go on from it with the new ones")  # fmt: skip
+    return found[-1]
+
+
+def read_state(path: Path) -> dict:
+    """state.json of a checkpoint."""
+    if not os.path.isfile(path / "state.json"):
+        raise UserError(f"--resume {path}: neither auto nor never nor a checkpoint folder (it would hold state.json)")
+    try:
+        state = json.loads((path / "state.json").read_text())
+        if state["config"]["resume"] and state["identity"].items() and state["step"] >= 0:
+            return state
+        raise ValueError("incomplete")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a checkpoint of this version ({type(error).__name__}: {error}); move it away, or give another --output-dir") from None
+
+
+def open_folder(cfg, gather, held, patience: float = 60) -> Path:
+    """The output directory, made and locked. UserError if it cannot be written to, if another run is using it (two would lose each other's files),
+    or if a rank does not see what rank 0 writes there.
+
+    The lock ends with `held`, or with the process, however that ends. Network file systems get `patience` seconds to show a new file elsewhere.
+    """
+    label = f"runs/{Path(cfg.model).name.replace(':', '-')}-{cfg.preset}-seed{cfg.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+    word, free = secrets.token_hex(8), True
+    folder, word = gather([(Path(cfg.output_dir or label), word)])[0]  # rank 0's clock and word
+    seen, lock = folder / f".seen-{word}", FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if dist.get_rank() == 0:
+            held.callback(seen.unlink, missing_ok=True)
+            seen.touch()  # can it be written to?
+            with contextlib.suppress(NotImplementedError):  # a file system without locks
+                lock.acquire(timeout=0)
+                held.callback(lock.release)
+    except Timeout:
+        free = False
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: {error}") from None
+    if not gather([free])[0]:
+        raise UserError(f"--output-dir {folder}: another run is using it; wait for its end, or give another folder")
+    end = time.monotonic() + patience
+    while not seen.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    if blind := [rank for rank, sees in enumerate(gather([seen.exists()])) if not sees]:
+        raise UserError(f"--output-dir {folder}: ranks {blind} do not see what rank 0 writes there; give a folder on a file system that all machines share")
+    seen.unlink(missing_ok=True)
+    return folder
 
 
 def check_space(folder: Path, model: str, cfg) -> None:
     """An error before models load, if the final model and the checkpoints that will stand beside each other do not fit on the disk of `folder`."""
-    parameters = stored = 0
-    for path in Path(model).glob("*.safetensors"):
-        size = path.stat().st_size
-        try:
-            with open(path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                tensors = [tensor for name, tensor in json.loads(file.read(min(size, length))).items() if name != "__metadata__"]
-            parameters += sum(math.prod(tensor["shape"]) for tensor in tensors)
-            if (whole := 8 + length + max(tensor["data_offsets"][1] for tensor in tensors)) != size:
-                raise ValueError(f"{size} bytes instead of {whole}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"--model {model}: {path.name} is no whole safetensors file ({type(error).__name__}: {error}); download or copy it again") from None
-        stored += size
+    parameters = sum(map(math.prod, stored_shapes(model).values()))
+    stored = parameters * model_dtype(model).itemsize
     count = min(cfg.keep_checkpoints + 1, -(-cfg.steps // cfg.save_every)) if cfg.save_every else 0  # the newest is whole before the oldest goes
     need = stored + count * 12 * parameters  # float32: weights and two moments
     free = shutil.disk_usage(folder).free
@@ -271,14 +321,15 @@ def check_space(folder: Path, model: str, cfg) -> None:
 class Checkpoints:
     """Writes sharded checkpoints (safetensors, no pickle), in the background if asked, and shows each only when it is whole."""
 
-    def __init__(self, folder: Path, cfg, data_id: str, say):
-        self.folder, self.cfg, self.data_id, self.say = folder, cfg, data_id, say
+    def __init__(self, folder: Path, cfg, identity: dict[str, str], say):
+        self.folder, self.cfg, self.identity, self.say = folder, cfg, identity, say
         self.group = dist.new_group(backend="gloo")  # the background thread must not mix its messages with the step's
         self.writing: Position | None = None
         self.future, self.error, self.failures = None, None, 0
         self.newest = -1  # step of the checkpoint that needs no second one
-        for path in folder.glob("partial*") if dist.get_rank() == 0 else ():  # of a run that was killed
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in folder.glob("partial*") if dist.get_rank() == 0 else ():
+            if re.fullmatch(r"partial(\.jsonl|-final|-(old-)?\d+)", path.name):  # of a run that was killed, and nobody else's
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         dist.barrier()
 
     def save(self, position: Position, policy, optimizer) -> None:
@@ -334,7 +385,7 @@ class Checkpoints:
     def _show(self, position: Position) -> None:
         """The rename makes it visible: none is ever seen half-written."""
         partial = self.folder / f"partial-{position.step}"
-        state = dataclasses.asdict(position) | {"config": dataclasses.asdict(self.cfg), "data_id": self.data_id}
+        state = dataclasses.asdict(position) | {"config": dataclasses.asdict(self.cfg), "identity": self.identity}
         (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         target, old = self.folder / f"checkpoint-{position.step}", self.folder / f"partial-old-{position.step}"
         if target.exists():  # saved when a signal came during this step's evaluation
@@ -362,29 +413,38 @@ def flat_state(policy, optimizer) -> tuple[dict[str, torch.Tensor], Any, Any]:
 
 def load_checkpoint(path: Path, policy, optimizer) -> Position:
     """Restore in place, on any number of ranks. Returns where the run stood."""
+    flat, model, optim = flat_state(policy, optimizer)
     try:
         saved = json.loads((path / "state.json").read_text())
-        flat, model, optim = flat_state(policy, optimizer)
         dcp.load(flat, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     except (Exception, CheckpointException) as error:
+        if out_of_memory(error) or rank_has_ended(error):
+            raise  # no fault of the checkpoint
         raise UserError(f"{path}: does not load ({cause(error)}); move it away to go on from the one before") from error
     set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
     return Position(saved["step"], saved["cursor"], saved["pending"])
 
 
+def model_dtype(source: str) -> torch.dtype:
+    """The precision that a model folder is in, as its config.json says."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(source).dtype or torch.float32
+
+
 def save_model(policy, tokenizer, source: str, folder: Path) -> None:
     """An ordinary Hugging Face model folder, in the precision that the model came in; visible when it is whole."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
-        dtype, partial = policy.config.dtype or torch.float32, folder.with_name(f"partial-{folder.name}")
+        dtype, partial = model_dtype(source), folder.with_name(f"partial-{folder.name}")  # policy.config has the trainer's
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(policy.config, dtype=dtype)
-        if (Path(source) / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(source)
         model.save_pretrained(partial, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
         tokenizer.save_pretrained(partial)
+        if (Path(source) / "generation_config.json").exists():  # as it is: transformers reads some that it refuses to write
+            shutil.copy(Path(source) / "generation_config.json", partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     dist.barrier()

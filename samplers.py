@@ -9,6 +9,7 @@ trainer, as a stream of (name, full tensor); no engine reads them from disk.
 
 import functools
 import importlib.util
+import json
 import math
 import os
 import sys
@@ -54,28 +55,57 @@ def resolve_model(name: str) -> str:
 
 def load_tokenizer(path: str, max_tokens: int) -> tuple[Any, list[int]]:
     """The tokenizer and every id that ends a response. What this trainer would get wrong about a model ends here."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     try:
         config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    except (ValueError, OSError) as error:
-        raise UserError(f"--model {path}: does not load: {error}") from None
-    eos = [tokenizer.eos_token_id]  # base models disagree with themselves about which it is, so take all
-    if (Path(path) / "generation_config.json").exists():
-        eos = np.append(eos, GenerationConfig.from_pretrained(path).eos_token_id).tolist()
-    unsupported = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, n, None)]
-    unsupported += [kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"][:1]
+        eos = [tokenizer.eos_token_id]  # base models disagree with themselves about which it is, so take all
+        if (Path(path) / "generation_config.json").exists():
+            eos = np.append(eos, GenerationConfig.from_pretrained(path).eos_token_id).tolist()
+        speaks = len(tokenizer("1+1").input_ids) > 0  # without its files transformers makes one that knows no word
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # a damaged file shows itself in many ways
+        raise UserError(f"--model {path}: does not load: {type(error).__name__}: {error}") from None
+    unsupported = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling", "quantization_config") if getattr(config, n, None)]
+    kinds = getattr(config, "layer_types", None)
+    unsupported += [kind for kind in kinds or [] if kind != "full_attention"][:1]
+    unsupported += ["sliding_window"] if kinds is None and getattr(config, "sliding_window", None) else []
     limit = getattr(config, "max_position_embeddings", math.inf)
     for problem, text in {
         not list(Path(path).glob("*.safetensors")): "holds no *.safetensors, and weights in another format are not read",
+        not speaks: "its tokenizer makes no tokens of a text; is tokenizer.json missing?",
+        tokenizer.vocab_size > config.vocab_size: f"its tokenizer has {tokenizer.vocab_size} tokens, its config.json {config.vocab_size}",
         tokenizer.chat_template is None: "its tokenizer has no chat template; put one into the folder as chat_template.jinja",
         set(eos) == {None}: "neither its tokenizer nor its generation_config.json names an end-of-sequence token",
         bool(unsupported): f"{unsupported} would change its log-probs and are not supported",
+        not hasattr(model.base_model, "layers"): f"{type(model).__name__} has no list of layers, which are sharded one by one; Qwen, Llama and Mistral have",
         max_tokens > limit: f"takes {limit} tokens, fewer than --max-prompt-tokens plus --max-new-tokens, {max_tokens}",
     }.items():
         if problem:
             raise UserError(f"--model {path}: {text}")
+    stored = stored_shapes(path)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not (config.tie_word_embeddings and name == "lm_head.weight")}
+    if bad := [f"{name} {stored.get(name, 'missing')} instead of {shape}" for name, shape in wanted.items() if stored.get(name) != shape]:
+        raise UserError(f"--model {path}: {len(bad)} of its {len(wanted)} tensors are not as its config.json says, such as {bad[0]}; download or copy it again")
     return tokenizer, sorted({i for i in eos if i is not None})
+
+
+def stored_shapes(path: str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of all tensors in a folder of safetensors, from the headers; UserError for a file that was cut off."""
+    shapes = {}
+    for file in sorted(Path(path).glob("*.safetensors")):
+        size = file.stat().st_size
+        try:
+            with open(file, "rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                tensors = {name: tensor for name, tensor in json.loads(stream.read(min(size, length))).items() if name != "__metadata__"}
+            if (whole := 8 + length + max(tensor["data_offsets"][1] for tensor in tensors.values())) != size:
+                raise ValueError(f"{size} bytes instead of {whole}")
+            shapes |= {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"--model {path}: {file.name} is no whole safetensors file ({type(error).__name__}: {error}); download or copy it again") from None
+    return shapes
 
 
 def build_model(path: str, dtype: torch.dtype, attention: str, device: torch.device, prepare: Callable = lambda model: None):
@@ -292,12 +322,13 @@ class VllmSampler:
     def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[list[Sample]]:
         from vllm import SamplingParams, TokensPrompt
 
-        common = dict(n=sampling.n, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, max_tokens=sampling.max_new_tokens,
+        n = sampling.n if sampling.temperature else 1  # vLLM takes one greedy response, for all are the same
+        common = dict(n=n, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, max_tokens=sampling.max_new_tokens,
                       stop_token_ids=self.eos_ids, logprobs=0, flat_logprobs=True, detokenize=False)  # fmt: skip
         outputs = self.llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], [SamplingParams(seed=s, **common) for s in seeds], use_tqdm=False)
         return [
             [Sample(np.array(o.token_ids, np.int32), np.array(o.logprobs.logprobs, np.float32), o.finish_reason == "length")
-             for o in sorted(output.outputs, key=lambda o: o.index)] for output in outputs
+             for o in sorted(output.outputs, key=lambda o: o.index)] * (sampling.n // n) for output in outputs
         ]  # fmt: skip
 
     def close(self) -> None:

@@ -20,7 +20,8 @@ from hypothesis import given, settings, strategies as st
 import data, guard, lite_ppo, rundir, samplers, toy  # noqa: E401  before transformers: puts broken companions of torch out of the way
 from lite_ppo import Clock, Config, Problem, Response, build_policy, full_weights, make_pack
 from samplers import Sample, Sampling
-from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 settings.register_profile("repeatable", max_examples=60, deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
@@ -70,9 +71,32 @@ def root(tmp_path_factory):
     for name, lost in dict(cut=4, stub=200_000).items():  # downloads that broke off, in the numbers and before them
         shutil.copytree(root / "tied", root / name)
         os.truncate(path := root / name / "model.safetensors", max(500, os.path.getsize(path) - lost))
+    for name, spoil in SPOILT.items():
+        shutil.copytree(root / "tied", root / name)
+        spoil(root / name)
     for name, text in FILES.items():
         (root / name).write_text(text)
     return root
+
+
+def setting(file: str, **values):
+    """A change of a JSON file in a model folder."""
+    return lambda folder: (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
+
+
+def without_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if "layers.1.mlp.up" not in name}, folder / "model.safetensors", {"format": "pt"})
+
+
+SPOILT = {  # folder: what is done to a copy of the model
+    "lost": without_tensor, "wide": setting("config.json", intermediate_size=128), "quantized": setting("config.json", quantization_config=dict(quant_method="fp8")),
+    "garbled": lambda folder: (folder / "tokenizer.json").write_text("{}"), "crowd": setting("config.json", vocab_size=20),
+    "dumb": lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "unspoken": lambda folder: (folder / "generation_config.json").write_text("{"), "gpt": lambda folder: GPT2LMHeadModel(GPT2Config(
+        n_embd=8, n_layer=1, n_head=1, vocab_size=21)).save_pretrained(folder),
+    "window": lambda folder: MistralForCausalLM(MistralConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, intermediate_size=8,
+                                                              vocab_size=21, sliding_window=16)).save_pretrained(folder),
+}  # fmt: skip
 
 
 def start_ranks() -> None:
@@ -314,6 +338,11 @@ def test_presets_are_the_published_settings_and_flags_win(root, monkeypatch):
     ("--model nobody/nothing", "--model nobody/nothing"), ("--model toy:huge", "--model toy:huge small, large"), ("--model ROOT/hollow", "--model ROOT/hollow"),
     ("--model ROOT/weightless", "ROOT/weightless safetensors"), ("--model ROOT/silent", "--model ROOT/silent chat_template.jinja"),
     ("--model ROOT/cut", "--model ROOT/cut model.safetensors bytes instead of"), ("--model ROOT/stub", "--model ROOT/stub no whole safetensors file"),
+    ("--model ROOT/lost", "--model ROOT/lost: 1 of its 24 tensors model.layers.1.mlp.up_proj.weight missing instead of"),
+    ("--model ROOT/wide", "--model ROOT/wide (96, 64) instead of (128, 64)"), ("--model ROOT/quantized", "--model ROOT/quantized quantization_config not supported"),
+    ("--model ROOT/garbled", "--model ROOT/garbled: does not load"), ("--model ROOT/crowd", "--model ROOT/crowd tokenizer has 21 tokens, config.json 20"), ("--model ROOT/dumb", "--model ROOT/dumb tokenizer.json missing?"),
+    ("--model ROOT/unspoken", "--model ROOT/unspoken: does not load"), ("--model ROOT/gpt", "--model ROOT/gpt GPT2LMHeadModel has no list of layers"),
+    ("--model ROOT/window", "--model ROOT/window sliding_window not supported"), ("--eval-data ROOT/no=3/t.jsonl", "--eval-data: ROOT/no=3/t.jsonl No such file"),
     ("--max-new-tokens 60", "--model ROOT/tied 64 --max-new-tokens 76"), ("--tensor-parallel-size 2", "--tensor-parallel-size 2 ranks"),
     ("--reward accuracy", "--reward accuracy FILE.py:FUNCTION"), ("--reward ROOT/none.py:f", "--reward ROOT/none.py:f FILE.py:FUNCTION"),
     ("--reward ROOT/rewards.py:odd", "--reward ROOT/rewards.py:odd 'odd'"), ("--reward ROOT/syntax.py:f", "--reward ROOT/syntax.py:f SyntaxError"),
@@ -323,7 +352,6 @@ def test_a_mistake_is_named_in_one_message(mistake, named, root, monkeypatch, ca
     flag, value = mistake.replace("ROOT", str(root)).split(" ")
     monkeypatch.setattr(sys, "argv", ["lite_ppo.py", *command_line(root, **{"--output-dir": f"{root}/mistakes", flag: value})])
     monkeypatch.setattr(lite_ppo, "connect", lambda cfg: None)  # it is, and stays so
-    monkeypatch.setattr(guard, "install_signals", lambda: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     with pytest.raises(SystemExit) as end:
         sys.exit(lite_ppo.main())
@@ -333,7 +361,6 @@ def test_a_mistake_is_named_in_one_message(mistake, named, root, monkeypatch, ca
 
 
 def test_a_port_in_use_or_none_at_all_is_named_in_one_message_at_once(monkeypatch, capfd):
-    monkeypatch.setattr(guard, "install_signals", lambda: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(sys, "argv", ["lite_ppo.py"])
     with socket.socket() as other:  # another run's
@@ -351,7 +378,8 @@ def test_a_port_in_use_or_none_at_all_is_named_in_one_message_at_once(monkeypatc
 def test_a_disk_with_too_little_room_is_named_before_models_load(root, tmp_path, monkeypatch):
     header = json.dumps({"__metadata__": {"format": "pt"}, "w": {"dtype": "BF16", "shape": [10, 10**8], "data_offsets": [0, 2 * 10**9]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    os.truncate(tmp_path / "model.safetensors", final := 8 + len(header) + 2 * 10**9)  # a hole: it takes no room
+    os.truncate(tmp_path / "model.safetensors", 8 + len(header) + (final := 2 * 10**9))  # a hole: it takes no room
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "dtype": "bfloat16"}')
     folder, free = tmp_path / "run", [0]
     (folder / "partial-7").mkdir(parents=True)
     monkeypatch.setattr(rundir.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]) if path == folder else None)
@@ -381,7 +409,6 @@ def test_300_fuzzed_configurations_run_or_name_the_culprit(root, monkeypatch, ca
     monkeypatch.setattr(samplers, "choose_sampler", lambda wanted: choose(wanted.replace("auto", "transformers")))  # vLLM changes the process that it lives in
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lite_ppo, "connect", lambda cfg: None)
-    monkeypatch.setattr(guard, "install_signals", lambda: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     for i in range(300):
         line = command_line(root, **{"--steps": "1", "--prompts-per-step": "2", "--group-size": "2", "--output-dir": f"{tmp_path}/{i}", "--eval-every": "0"})
@@ -500,6 +527,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_the_final_folder_the_trainer
 def test_a_run_that_left_no_checkpoint_begins_anew_and_logs_each_step_once(root):
     for _ in range(2):
         lite_ppo.train(config(root, output_dir=str(root / "anew"), steps=1))
+        (root / "anew/final").rename(root / "anew/mine")  # as if it had not come so far
+        shutil.rmtree(root / "anew/mine")
     assert [row["step"] for row in read(root / "anew/metrics.jsonl")] == [0, 1] and len(read(root / "anew/samples.jsonl")) == 16
 
 
@@ -551,6 +580,63 @@ def test_a_checkpoint_goes_on_with_other_ranks_hybrid_sharding_and_never_with_ot
         lite_ppo.train(config(root, output_dir=str(root / "old")))
     lite_ppo.train(config(root, resume=f"{root}/one/checkpoint-6", output_dir=str(root / "fork"), steps=7, clip_high=0.3, **options))
     assert [row["step"] for row in read(root / "fork/metrics.jsonl")] == [7]  # with other settings only where it is asked for
+    capfd.readouterr()
+    lite_ppo.train(config(root, resume=f"{root}/one/checkpoint-6", output_dir=str(root / "fork"), steps=9, clip_high=0.3, **options))  # by the same command
+    assert f"resumed from {root}/fork/checkpoint-7, 7 of 9" in capfd.readouterr().out
+    with pytest.raises(data.UserError, match="clip_high: 0.3 -> 0.4"):
+        lite_ppo.train(config(root, resume=f"{root}/one/checkpoint-6", output_dir=str(root / "fork"), steps=9, clip_high=0.4, **options))
+    reward = root / "tied/edited.py"
+    reward.write_text(REWARDS)
+    lite_ppo.train(config(root, reward=f"{reward}:even", output_dir=str(root / "edited"), **options))
+    reward.write_text(REWARDS + "# another grader\n")
+    for change, message in ((dict(), "reward file: [0-9a-f]{12} -> "), (dict(dtype="bfloat16"), "dtype in use: torch.float32 -> torch.bfloat16")):
+        with pytest.raises(data.UserError, match=message):
+            lite_ppo.train(config(root, reward=f"{reward}:even", output_dir=str(root / "edited"), **options, **change))
+
+
+def test_an_output_directory_is_one_runs_and_nobody_elses_files_are_touched(root, tmp_path, monkeypatch):
+    folder, options = tmp_path / "run", dict(steps=1, eval_every=0)
+    for name in ("partial_results", "partial-7", "checkpoint-best-2", "checkpoint-old3"):
+        (folder / name).mkdir(parents=True)
+    (folder / "partial.csv").write_text("mine")
+    lite_ppo.train(config(root, output_dir=str(folder), **options))
+    assert {path.name for path in folder.iterdir()} >= {"partial_results", "partial.csv", "checkpoint-best-2", "checkpoint-old3", "final", "metrics.jsonl"}
+    assert not (folder / "partial-7").exists() and not list(folder.glob(".seen*"))
+    before = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(data.UserError, match=f"--output-dir {folder}: holds the final model of a run and no checkpoint"):
+        lite_ppo.train(config(root, output_dir=str(folder), seed=7, **options))
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    with contextlib.ExitStack() as held:
+        cfg, alone = config(root, output_dir=str(tmp_path / "shared")), lambda items: items
+        rundir.open_folder(cfg, alone, held)
+        with pytest.raises(data.UserError, match="shared: another run is using it"):
+            lite_ppo.train(cfg)
+    rundir.open_folder(cfg, alone, contextlib.ExitStack())  # free again
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)  # of another machine, with a disk of its own
+    with contextlib.ExitStack() as held, pytest.raises(data.UserError, match=r"ranks \[0\] do not see what rank 0 writes there; give a folder .* all machines share"):
+        rundir.open_folder(config(root, output_dir=str(tmp_path / "local")), alone, held, patience=0.2)
+
+
+def test_the_final_model_has_the_precision_and_the_generation_config_of_the_first(root):
+    model = load_model(root / "tied", dtype=torch.bfloat16)
+    model.save_pretrained(root / "half")
+    toy.make_tokenizer().save_pretrained(root / "half")
+    sampling = json.dumps(dict(eos_token_id=EOS, temperature=0.6, top_p=0.9))  # without do_sample: transformers reads it and refuses to write it
+    (root / "half/generation_config.json").write_text(sampling)
+    lite_ppo.train(config(root, model=f"{root}/half", output_dir=str(root / "halved"), steps=1))
+    final = load_file(root / "halved/final/model.safetensors")
+    assert {tensor.dtype for tensor in final.values()} == {torch.bfloat16} and (root / "halved/final/generation_config.json").read_text() == sampling
+    assert json.loads((root / "halved/final/config.json").read_text())["dtype"] == "bfloat16"
+    assert samplers.load_tokenizer(str(root / "halved/final"), 20)[1] == EOS
+
+
+def test_memory_that_runs_out_is_not_blamed_on_the_checkpoint(root, tmp_path, monkeypatch):
+    policy = build_policy(config(root), f"{root}/tied", CPU)
+    (tmp_path / "state.json").write_text('{"step": 1, "cursor": 4, "pending": null}')
+    for error, raised in ((MemoryError(), MemoryError), (RuntimeError("can't allocate memory: 9 GiB"), RuntimeError), (RuntimeError("Connection closed by peer"), RuntimeError), (OSError("cut off"), data.UserError)):
+        monkeypatch.setattr(rundir.dcp, "load", lambda *args, error=error, **rest: (_ for _ in ()).throw(error))
+        with pytest.raises(raised):
+            rundir.load_checkpoint(tmp_path, policy, torch.optim.AdamW(policy.parameters()))
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(root, monkeypatch, capfd):
@@ -641,7 +727,6 @@ def test_a_disk_that_is_really_full_or_closed_leaves_the_checkpoints_before(trou
 def test_a_log_that_cannot_be_written_ends_the_run_in_one_message(root, monkeypatch, capfd):
     folder, metrics = root / "logless", rundir.Log.metrics
     monkeypatch.setattr(lite_ppo, "connect", lambda cfg: None)
-    monkeypatch.setattr(guard, "install_signals", lambda: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(sys, "argv", ["lite_ppo.py", *command_line(root, **{"--output-dir": str(folder), "--steps": "3", "--save-every": "1"})])
 
@@ -723,6 +808,41 @@ def test_a_gradient_that_is_not_finite_is_skipped_blamed_and_soon_ends_the_run(r
     assert skipped[0] == 1 and skipped[4] == 1 and sum(skipped) == 3 + (skipped[-1] - 1) and "NaN" not in (folder / "metrics.jsonl").read_text()
     assert "step 1: 1 optimizer step(s) skipped, the gradient is not finite; responses [" in capfd.readouterr().out
     assert {s["failure"] for s in read(folder / "samples.jsonl")} == {lite_ppo.NOT_FINITE}
+
+
+def test_log_probs_that_are_not_finite_are_no_stale_weights(root, monkeypatch, capfd):
+    forward, calls, folder = lite_ppo.response_logprobs, [], root / "forward"
+
+    def sick(model, pack, temperature):
+        logprobs, entropy = forward(model, pack, temperature)
+        calls.append(1)
+        return logprobs * torch.where((pack.owner == 3) & (len(calls) == 2), math.nan, 1.0), entropy
+
+    monkeypatch.setattr(lite_ppo, "response_logprobs", sick)
+    lite_ppo.train(config(root, output_dir=str(folder), steps=3, minibatches=1, micro_batch_tokens=1000, samples_per_step=0))
+    rows = read(folder / "metrics.jsonl")
+    assert [row.get("policy/skipped") for row in rows] == [None, 0, 1, 0] and all(row["rollout/logprob_gap_max"] < 1e-4 for row in rows[1:])
+    assert "step 2: 1 optimizer step(s) skipped, the gradient is not finite; responses [3] of the step" in capfd.readouterr().out
+    with pytest.raises(guard.RunError, match="does not hold the trainer's weights"):  # the sampler's own must be finite
+        pack = make_pack(the_case("a single EOS", root)[1], [0], CPU)
+        pack.old_logprobs, pack.rollout_logprobs = torch.zeros(1), torch.tensor([math.nan])
+        lite_ppo.check_gap([pack], 1, config(root))
+
+
+def test_verdicts_that_fail_in_an_evaluation_are_counted_and_logged_once(root, monkeypatch, capfd):
+    (root / "tied/moody.py").write_text("def moody(response, row):\n    return float('nan') if len(response) % 3 == 0 and row['answer'] == '2' else 0.0\n")
+    options, evaluate = dict(reward=f"{root}/tied/moody.py:moody", steps=2, save_every=1, eval_every=1, eval_samples=8, samples_per_step=0), lite_ppo.evaluate
+    folder = root / "moody"
+    monkeypatch.setattr(lite_ppo, "evaluate", lambda *args: (evaluate(*args), Clock.step == 1 and (_ for _ in ()).throw(guard.Stopped))[0])
+    with pytest.raises(guard.Stopped):  # when it was logged, but its step was not
+        lite_ppo.train(config(root, output_dir=str(folder), **options))
+    monkeypatch.setattr(lite_ppo, "evaluate", evaluate)
+    lite_ppo.train(config(root, output_dir=str(folder), **options))
+    shares = [row["eval/dev/failed"] for row in read(folder / "metrics.jsonl")]
+    logged = [row for row in read(folder / "samples.jsonl") if row.get("eval") == "dev"]
+    assert [sum(row["step"] == step for row in logged) / 8 for step in range(3)] == shares and max(shares) > 0
+    assert all("not a finite number" in row["failure"] and len(row["response"]) % 3 == 0 for row in logged)
+    assert "of the responses to dev got no verdict and count as wrong: reasons in samples.jsonl" in capfd.readouterr().out
 
 
 def test_a_run_whose_rewards_fail_ends_with_the_reason(root):
@@ -829,6 +949,17 @@ def test_a_signal_ends_the_run_with_a_checkpoint(number, root):
     assert [row["step"] for row in read(folder / "metrics.jsonl")] == list(range(position["step"] + 2))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_the_start_ends_the_process_at_once_and_quietly(number, root):
+    code = "import runpy, sys, time, lite_ppo, samplers\nsamplers.resolve_model = lambda name: (print('loading', flush=True), time.sleep(99))\n"
+    code += f"sys.argv[0] = 'lite_ppo.py'\nrunpy.run_path({str(HERE / 'lite_ppo.py')!r}, run_name='__main__')"
+    process = subprocess.Popen([sys.executable, "-c", code, *command_line(root)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE)
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == -number and "Traceback" not in err, err
+
+
 def test_a_signal_during_an_evaluation_loses_nothing(root, monkeypatch):
     options, evaluate = dict(steps=4, save_every=2, eval_every=1), lite_ppo.evaluate
     lite_ppo.train(config(root, output_dir=str(root / "calm"), **options))
@@ -855,6 +986,10 @@ def test_collapse_is_told_in_words_and_once(words, change, tmp_path):
     log = rundir.Log(tmp_path, Config(), rundir.Position(pending={}))
     news = [text for step in range(30) for text in log.metrics(step, healthy | (change if step >= 10 else {}))]
     assert [text.split(":")[0] for text in news] == [words] * bool(words)
+    lost = rundir.Log(tmp_path, Config(), rundir.Position(29))  # goes on after a step whose figures were not finite
+    lost.rows[-2] |= {"policy/entropy": None}
+    for step in range(30, 37):
+        lost.metrics(step, healthy | {"policy/entropy": math.nan if step == 31 else 1.0})
 
 
 def play(*calls, cursor=0, evaluation=False, **changes):
@@ -918,7 +1053,9 @@ def test_sampler_draws_by_seed_or_greedily(engine, root):
         for (_, a), (_, b) in zip(together, other, strict=True):
             assert a.token_ids.tolist() == b.token_ids.tolist() and a.truncated == b.truncated and np.allclose(a.logprobs, b.logprobs, rtol=0, atol=1e-4)
     assert len({tuple(sample.token_ids) for _, sample in together}) > 10  # of 20
-    for question, sample in ask(1, 12, 0.0):
+    greedy = ask(3, 12, 0.0)
+    assert len(greedy) == 15 and all(greedy[i][1].token_ids.tolist() == greedy[i // 3 * 3][1].token_ids.tolist() for i in range(15))
+    for question, sample in greedy[::3]:
         given = dict(do_sample=False, max_new_tokens=12, eos_token_id=EOS, attention_mask=torch.ones(1, len(question)))
         assert sample.token_ids.tolist() == load_model(root / "tied").generate(torch.tensor([question]), **given)[0, len(question) :].tolist()
 
