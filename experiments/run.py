@@ -6,9 +6,10 @@
     python experiments/run.py --models Qwen/Qwen3-4B-Base Qwen/Qwen3-4B --train-data easy medium hard --eval-data math500 aime24 amc23 \\
         --launch "torchrun --nproc-per-node 8" --flags "--steps 200 --minibatches 4" --results qwen3.jsonl     # real models
 
-A run is `lite_ppo.py` with the flags of an environment (data, model) and of a setting (one trick switched); nothing here trains. On the toy
-each is a fork of this process, which has the libraries loaded, with one thread; with --launch it is the command given. Finished runs
-are a line each in the results file: flags, what differs from the defaults, curves, final figures. A second call runs what is missing.
+A run is `lite_ppo.py` with the flags of an environment (data, model) and of a setting (one trick switched); nothing here trains. (The only
+exception are the four definitions of a batch std that lite_ppo.py does not have: they replace its advantage.) On the toy each run is a fork of
+this process, which has the libraries loaded, with one thread; on real models it is the command given. Finished runs are a line each in the
+results file: flags, what differs from the defaults, curves, final figures. A second call runs what is missing.
 `plot.py` makes figures and tables of the file. README.md says what each question is, and how the toy was made to show an effect.
 """
 
@@ -121,16 +122,21 @@ def environment(difficulty: str, size: str, variant: str, flags: str = "") -> st
 
 
 ENVIRONMENTS = {f"{d} {s} {v}": environment(d, s, v) for d in DIFFICULTIES for s in SIZES for v in VARIANTS}
-ENVIRONMENTS |= {  # more and larger optimizer steps per rollout, so that clips bind
-    f"medium small {v}, 8 steps": environment("medium", "small", v, "--minibatches 8 --lr 5e-4") for v in VARIANTS
+ENVIRONMENTS |= {  # more optimizer steps per rollout, so that clips bind, and more responses, so that learning stands it
+    f"medium small {v}, 8 steps": environment("medium", "small", v, "--prompts-per-step 16 --minibatches 8") for v in VARIANTS
 }
-ENVIRONMENTS |= {  # a model that gets stuck in one of ten responses; a limit that cuts correct chains, and one that cuts loops only
-    "hard small looping, tight": environment("hard", "small", "looping", "--max-new-tokens 56"),
-    "hard small looping, loose": environment("hard", "small", "looping", "--max-new-tokens 224"),
+ENVIRONMENTS |= {  # one response in ten gets stuck and is five times as long as a right one
+    f"medium small {v}, long": environment("medium", "small", v, "--max-new-tokens 192") for v in ("looping", "aligned-looping")
+}
+ENVIRONMENTS |= {  # limits that cut right chains, second attempts and loops, and loops only
+    f"hard small looping, {name}": environment("hard", "small", "looping", f"--max-new-tokens {limit}")
+    for name, limit in (("tight", 56), ("middle", 96), ("loose", 224))
 }
 GRID = list(ENVIRONMENTS)[:12]
 PAIR = ["medium small base", "medium small aligned"]
 STEPS = [f"{name}, 8 steps" for name in PAIR]
+LONG = [e for e in ENVIRONMENTS if e.endswith(", long")]
+LIMITS = [e for e in ENVIRONMENTS if e.startswith("hard small looping")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,14 +185,13 @@ ISOLATED = ["lite_ppo", "group std", "no std", "batch mean", "no normalisation",
 def questions(rows: list[dict], reduced: bool) -> dict[str, list[Run]]:
     """The runs of each question. Those that several of them share are made once."""
     seeds, environments, pair = (range(2), [PAIR[0]], PAIR[:1]) if reduced else (range(5), GRID, PAIR)
-    limits = [e for e in ENVIRONMENTS if "looping" in e][reduced:]
     return {
         "sweep": sweep((101,) if reduced else (101, 102, 103)),
         "isolated": cells(environments, ISOLATED, seeds),
         "scale": cells(pair[:1], [s for s in SETTINGS if s.endswith("-1/1")], seeds),
-        "clip": cells(STEPS[: len(pair)], ["lite_ppo", "clip 0.24", "clip 0.28", "clip 0.32"], seeds),
-        "level": cells(pair, ["constant level"], seeds),
-        "overlong": cells(limits, ["lite_ppo", "overlong filter", "soft punishment"], seeds),
+        "clip": cells(STEPS[: len(pair)], ["lite_ppo", "clip 0.24", "clip 0.28", "clip 0.32"], seeds if reduced else range(10)),
+        "level": cells(pair, ["constant level"], seeds) + cells(LONG[: len(pair)], ["lite_ppo", "sequence level", "constant level"], seeds),
+        "overlong": cells(LIMITS[-1:] if reduced else LIMITS, ["lite_ppo", "overlong filter", "soft punishment"], seeds),
         "definitions": cells(pair[:1], [*DEFINITIONS, "eps 1e-4"], seeds),
         "methods": methods(rows, pair[:1], seeds if reduced else range(10)) + ([] if reduced else methods(rows, pair[1:], seeds)),
     }
@@ -219,7 +224,7 @@ def record(run: Run, folder: Path, seconds: float) -> dict:
         "curve": {key: [short(row[key]) for row in steps] for key in CURVES if key in steps[-1]},
         "evaluation": {"step": [row["step"] for row in evaluated]} | evaluation,
         "clipped": {side: counts.most_common(20) for side, counts in clipped.items()},
-    }  # fmt: skip
+    } | ({"advantage": run.setting} if run.setting in DEFINITIONS else {})  # fmt: skip
 
 
 def arguments(run: Run, folder: Path) -> list[str]:
@@ -249,6 +254,8 @@ def run_all(runs: list[Run], results: Path, folder: Path, jobs: int, launch: str
         while waiting and len(running) < jobs:
             run = waiting.pop()
             place = folder / run.name.replace("/", "-").replace(" ", "_")
+            if not keep:
+                shutil.rmtree(place, ignore_errors=True)  # of a grid that was killed; what is kept goes on from its checkpoint, if it has one
             place.mkdir(parents=True, exist_ok=True)
             if launch:
                 with open(place / "console", "w") as console:
@@ -267,8 +274,14 @@ def run_all(runs: list[Run], results: Path, folder: Path, jobs: int, launch: str
                 failed.append(f"{run.name}: exit code {process.exitcode}, {last_words(place / 'console')} (all of it: {place}/console)")
                 tqdm.write(failed[-1])
                 continue
+            try:
+                row = json.dumps(record(run, place, time.time() - began)) + "\n"
+            except (OSError, ValueError, KeyError, IndexError) as error:
+                failed.append(f"{run.name}: its logs in {place} cannot be read: {type(error).__name__}: {error}")
+                tqdm.write(failed[-1])
+                continue
             with open(results, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record(run, place, time.time() - began)) + "\n")
+                file.write(row)
             if not keep:
                 shutil.rmtree(place)
     bar.close()
@@ -293,33 +306,41 @@ def main() -> int:
     parser.add_argument("--reduced", action="store_true", help="one environment, two seeds, one seed of the sweep")
     parser.add_argument("--results", type=Path, help="default: experiments/results/toy.jsonl, or reduced.jsonl")
     parser.add_argument("--folder", type=Path, default=HERE.parent / "runs/experiments", help="of the run directories")
-    parser.add_argument("--keep", action="store_true", help="keep the run directories; otherwise only what the results hold stays")
-    parser.add_argument("--jobs", type=int, help="runs at a time; default: one per core, or 1 with --launch")
-    parser.add_argument("--models", nargs="+", default=[], help="real models instead of the toy; with --train-data, --eval-data, --flags, --settings, --seeds")
-    parser.add_argument("--train-data", nargs="+", default=[], help="as of lite_ppo.py, one environment each")
-    parser.add_argument("--eval-data", nargs="+", default=[], help="as of lite_ppo.py, all of them in each run")
-    parser.add_argument("--settings", nargs="+", default=ISOLATED, metavar="SETTING", help=", ".join([*SETTINGS, *(f"preset {name}" for name in METHODS)]))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
-    parser.add_argument("--flags", default="", help="of every run; with --models")
-    parser.add_argument("--launch", default="", help='what starts a run, such as "torchrun --nproc-per-node 8"; default with --models: this Python')
+    parser.add_argument("--keep", action="store_true", help="keep the run directories; otherwise only what the results hold stays (real models: always kept)")
+    parser.add_argument("--jobs", type=int, help="runs at a time; default: one per core, or 1 with --models")
+    parser.add_argument("--models", nargs="+", help="real models instead of the toy; the flags below go with it")
+    parser.add_argument("--train-data", nargs="+", help="as of lite_ppo.py, one environment each")
+    parser.add_argument("--eval-data", nargs="+", help="as of lite_ppo.py, all of them in each run")
+    choices = {name: flags for name, flags in SETTINGS.items() if name not in DEFINITIONS} | {f"preset {name}": flags for name, flags in METHODS.items()}
+    parser.add_argument("--settings", nargs="+", metavar="SETTING", help=f"default: {', '.join(ISOLATED)}; there are {', '.join(choices)}")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 to 4")
+    parser.add_argument("--flags", help="of every run")
+    parser.add_argument("--launch", help='what starts a run, such as "torchrun --nproc-per-node 8"; default: this Python')
     args = parser.parse_args()
-    args.results = args.results or HERE / "results" / ("reduced.jsonl" if args.reduced else "toy.jsonl")
-    args.results.parent.mkdir(parents=True, exist_ok=True)
     if unknown := set(args.only) - set(questions([], False)):
         parser.error(f"--only {' '.join(sorted(unknown))}: there are {', '.join(questions([], False))}")
-    if bool(args.models) != bool(args.train_data and args.eval_data):
-        parser.error("--models, --train-data and --eval-data go together")
+    for flag in ("train_data", "eval_data", "settings", "seeds", "flags", "launch"):
+        if getattr(args, flag) is not None and not args.models:
+            parser.error(f"--{flag.replace('_', '-')} goes with --models; the toy's grid has its own")
+    if args.models and (args.only or args.reduced or not args.train_data or not args.eval_data):
+        parser.error("--models goes with --train-data and --eval-data, and without --only and --reduced")
+    args.results = args.results or HERE / "results" / ("models.jsonl" if args.models else "reduced.jsonl" if args.reduced else "toy.jsonl")
+    args.results.parent.mkdir(parents=True, exist_ok=True)
     if args.results.exists() and not (text := args.results.read_text(encoding="utf-8")).endswith("\n"):
         args.results.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")  # a line that was cut off: its run is made again
     began, failed = time.time(), []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    jobs, launch = args.jobs or (1 if args.models else cores), (args.launch or sys.executable) if args.models else ""
     if args.models:
-        choices = SETTINGS | {f"preset {name}": flags for name, flags in METHODS.items()}
-        if bad := [name for name in args.settings if name not in choices or name in DEFINITIONS]:
-            parser.error(f"--settings {bad[0]!r}: real models take {', '.join(name for name in choices if name not in DEFINITIONS)}")
-        names = {f"{data} {Path(model).name}": f"--model {model} --train-data {data} --eval-data {' '.join(args.eval_data)}" for data in args.train_data
+        if bad := [name for name in args.settings or () if name not in choices]:
+            parser.error(f"--settings {bad[0]!r}: real models take {', '.join(choices)}")
+        short = {model: Path(model).name for model in args.models}
+        short = {model: name if list(short.values()).count(name) == 1 else model for model, name in short.items()}  # a/final and b/final are two
+        names = {f"{data} {short[model]}": f"--model {model} --train-data {data} --eval-data {' '.join(args.eval_data)}" for data in args.train_data
                  for model in args.models}  # fmt: skip
-        runs = [Run(e, s, seed, f"{names[e]} {args.flags} {choices[s]}") for seed in args.seeds for e in names for s in args.settings]
-        stages, args.launch, args.jobs = [lambda rows: runs], args.launch or sys.executable, args.jobs or 1
+        runs = [Run(e, s, seed, f"{names[e]} {args.flags or ''} {choices[s]}") for seed in args.seeds or range(5) for e in names
+                for s in args.settings or ISOLATED]  # fmt: skip
+        stages = [lambda rows: runs]
     else:
         chosen = args.only or list(questions([], False))
         early = [n for n in questions([], False) if n != "methods" and (n in chosen or (n == "sweep" and "methods" in chosen))]  # gives them their rates
@@ -328,12 +349,14 @@ def main() -> int:
         for run in stages[0]([]):  # the models, made one at a time before anything else
             toy.resolve_model(next(flag for flag in run.flags.split() if flag.startswith("toy:")))
     for stage in stages:
+        if any(" at " in name for name in failed):  # no rate without the whole sweep
+            break
         rows = load(args.results)
         done = {(f"{row['environment']}/{row['setting']}/{row['seed']}", row["flags"]) for row in rows}
         runs = list(dict.fromkeys(sorted(stage(rows), key=lambda run: run.seed % 100)))  # seed by seed: half a grid is a whole one with fewer seeds
         missing = [run for run in runs if (run.name, run.flags) not in done]
         print(f"{len(runs)} runs, {len(runs) - len(missing)} of them in {args.results}")
-        failed += run_all(missing, args.results, args.folder, args.jobs or os.cpu_count(), args.launch, args.keep)
+        failed += run_all(missing, args.results, args.folder, jobs, launch, args.keep or bool(args.models))
     print(f"{time.time() - began:.0f} s; {args.results}; figures: python experiments/plot.py --results {args.results}")
     print(*failed, sep="\n", end="\n" * bool(failed))
     return 1 if failed else 0
