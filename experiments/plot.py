@@ -119,7 +119,7 @@ def where(*words: str) -> list[str]:
 
 def claims(rows: Rows, lines: list[dict], other: Rows) -> dict[str, str]:
     """Every number that the README takes from here, by the name that stands behind it in a comment. other: the main grid from another warmed-up model."""
-    found = {"runs": f"{len(lines)}", "hours": f"{sum(row['seconds'] for row in lines) / 3600:.1f}"}
+    found = {"runs": f"{len(lines)}"}
     for name in ISOLATED[1:]:
         for words in ((), ("base",), ("aligned",)):
             found[f"{name}: {' '.join(words) or 'all'}, other model"] = show(effect(other, name, "lite_ppo", where(*words))[0])
@@ -149,15 +149,11 @@ def claims(rows: Rows, lines: list[dict], other: Rows) -> dict[str, str]:
             found[f"{name}: 8 steps, {label}"] = show(effect(rows, name, "lite_ppo", [e])[0])
             found[f"{name}: 8 steps, {label}, entropy"] = show(effect(rows, name, "lite_ppo", [e], final("policy/entropy"), 1)[0], 4)
             found[f"{name}: 8 steps, {label}, clip_high"] = show(level(rows, name, [e], final("policy/clip_high")), 2, False)
-            found[f"{name}: 8 steps, {label}, accuracy"] = show(level(rows, name, [e]), 1, False)
-        found[f"8 steps, {label}, accuracy before"] = show(level(rows, "lite_ppo", [e], final("accuracy_before")), 1, False)
     for e, label in zip([*PAIR, *LONG], ("base", "aligned", "long, base", "long, aligned")):
         found[f"constant level: {label}"] = show(effect(rows, "constant level", "lite_ppo", [e])[0])
         found[f"sequence level: {label}, one cell"] = show(effect(rows, "sequence level", "lite_ppo", [e])[0])
-        for name in ("lite_ppo", "sequence level", "constant level"):
-            found[f"{name}: {label}, truncated share"] = show(level(rows, name, [e], final("response/truncated")), 1, False)
+        for name in ("sequence level", "constant level"):
             found[f"{name}: {label}, truncated effect"] = show(effect(rows, name, "lite_ppo", [e], lambda row: statistics.mean(curve(row, "response/truncated")))[0])
-            found[f"{name}: {label}, length"] = show(level(rows, name, [e], final("response/length_mean"), 1), 1, False)
     for name in ("lite_ppo", "group std", "batch mean", "no normalisation"):
         found[f"{name}: -1/1 - 0/1"] = show(effect(rows, f"{name}, -1/1", name, PAIR[:1])[0])
     found["no normalisation, -1/1 - lite_ppo"] = show(effect(rows, "no normalisation, -1/1", "lite_ppo", PAIR[:1])[0])
@@ -165,7 +161,6 @@ def claims(rows: Rows, lines: list[dict], other: Rows) -> dict[str, str]:
         label = e.rsplit(" ", 1)[1]
         for name in ("lite_ppo", "overlong filter", "soft punishment"):
             found[f"{name}: {label}"] = show(effect(rows, name, "lite_ppo", [e])[0])
-            found[f"{name}: {label}, gain"] = show(level(rows, name, [e], gain), 1)
             found[f"{name}: {label}, truncated"] = show(effect(rows, name, "lite_ppo", [e], final("response/truncated"))[0])
             found[f"{name}: {label}, truncated share"] = show(level(rows, name, [e], final("response/truncated")), 1, False)
             found[f"{name}: {label}, looping effect"] = show(effect(rows, name, "lite_ppo", [e], looping_share)[0], 0)

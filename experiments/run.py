@@ -125,7 +125,7 @@ ENVIRONMENTS = {f"{d} {s} {v}": environment(d, s, v) for d in DIFFICULTIES for s
 ENVIRONMENTS |= {  # more optimizer steps per rollout, so that clips bind, and more responses, so that learning stands it
     f"medium small {v}, 8 steps": environment("medium", "small", v, "--prompts-per-step 16 --minibatches 8") for v in VARIANTS
 }
-ENVIRONMENTS |= {  # one response in ten gets stuck and is five times as long as a right one
+ENVIRONMENTS |= {  # one response in eight gets stuck and is five times as long as a right one
     f"medium small {v}, long": environment("medium", "small", v, "--max-new-tokens 192") for v in ("looping", "aligned-looping")
 }
 ENVIRONMENTS |= {  # limits that cut right chains, second attempts and loops, and loops only
@@ -304,7 +304,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="QUESTION", help=", ".join(questions([], False)))
     parser.add_argument("--reduced", action="store_true", help="one environment, two seeds, one seed of the sweep")
-    parser.add_argument("--results", type=Path, help="default: experiments/results/toy.jsonl, or reduced.jsonl")
+    parser.add_argument("--results", type=Path, help="default: experiments/results/toy.jsonl, reduced.jsonl or models.jsonl")
     parser.add_argument("--folder", type=Path, default=HERE.parent / "runs/experiments", help="of the run directories")
     parser.add_argument("--keep", action="store_true", help="keep the run directories; otherwise only what the results hold stays (real models: always kept)")
     parser.add_argument("--jobs", type=int, help="runs at a time; default: one per core, or 1 with --models")
