@@ -1,119 +1,250 @@
-"""How much of tricks.py do its tests pin down? Breaks it in every small way, one at a time, and counts who notices.
+"""Mutation score: how many small changes of the formulas a test notices.
 
-    python benchmarks/mutation.py [jobs] [only this function]
+    python benchmarks/mutation.py [JOBS] [FUNCTION]
 
-A mutant is one changed node of the syntax tree (docstrings, messages and other strings excepted). It is killed if a test of
-test_tricks.py fails on it; the tests that compare source text are left out, as they would fail for the wrong reason.
+A mutant is a file with one changed node of its syntax tree; strings, docstrings and messages stay
+as they are. A mutant is killed if a test of that file fails. The tests that compare source text are
+left out, because they would fail for that reason alone.
+
+    tricks.py              test_tricks.py
+    support/logprobs.py    tests/test_logprobs.py
+    support/stats.py       tests/test_stats.py
 """
 
+import argparse
 import ast
 import copy
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Iterator
 
-import hypothesis, pytest, torch  # noqa: E401, F401  imported once, before the processes fork
+import hypothesis  # noqa: F401  imported once, before the processes fork
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-OPERATORS = {ast.Add: [ast.Sub], ast.Sub: [ast.Add], ast.Mult: [ast.Div], ast.Div: [ast.Mult], ast.FloorDiv: [ast.Mult],
-             ast.BitAnd: [ast.BitOr], ast.BitOr: [ast.BitAnd], ast.And: [ast.Or], ast.Or: [ast.And],
-             ast.Lt: [ast.LtE, ast.Gt], ast.LtE: [ast.Lt, ast.GtE], ast.Gt: [ast.GtE, ast.Lt], ast.GtE: [ast.Gt, ast.LtE],
-             ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq], ast.In: [ast.NotIn], ast.NotIn: [ast.In],
-             ast.Is: [ast.IsNot], ast.IsNot: [ast.Is]}
-NAMES = {a: b for pair in ("min max", "amax amin", "mean sum", "any all", "std var", "exp expm1", "sub_ add_", "mul_ div_",
-                           "prod sum", "exp_ expm1_", "addmm_ copy_") for a, b in (pair.split(), pair.split()[::-1])}
+TESTS = {
+    "tricks.py": "test_tricks.py",
+    "support/logprobs.py": "tests/test_logprobs.py",
+    "support/stats.py": "tests/test_stats.py",
+}
+SECONDS = 180  # limit for the tests of one mutant
+
+# ---- changes -------------------------------------------------------------------------------------
+
+OPERATORS = {
+    ast.Add: [ast.Sub],
+    ast.Sub: [ast.Add],
+    ast.Mult: [ast.Div],
+    ast.Div: [ast.Mult],
+    ast.FloorDiv: [ast.Mult],
+    ast.BitAnd: [ast.BitOr],
+    ast.BitOr: [ast.BitAnd],
+    ast.And: [ast.Or],
+    ast.Or: [ast.And],
+    ast.Lt: [ast.LtE, ast.Gt],
+    ast.LtE: [ast.Lt, ast.GtE],
+    ast.Gt: [ast.GtE, ast.Lt],
+    ast.GtE: [ast.Gt, ast.LtE],
+    ast.Eq: [ast.NotEq],
+    ast.NotEq: [ast.Eq],
+    ast.In: [ast.NotIn],
+    ast.NotIn: [ast.In],
+    ast.Is: [ast.IsNot],
+    ast.IsNot: [ast.Is],
+}
+PAIRS = """
+min max, amin amax, mean sum, any all, std var, exp expm1, sub_ add_, mul_ div_, prod sum,
+exp_ expm1_, addmm_ copy_
+"""
+NAMES = {}
+for pair in PAIRS.split(","):
+    left, right = pair.split()
+    NAMES |= {left: right, right: left}
+
+Variant = tuple[str, ast.AST]  # kind of the change, new node
 
 
-def variants(node):
-    """(kind, what replaces the node) for every mutation of one node."""
-    def changed(**fields):
-        new = copy.copy(node)
-        for name, value in fields.items():
-            setattr(new, name, value)
-        return new
+def changed(node, **fields):
+    new = copy.copy(node)
+    for name, value in fields.items():
+        setattr(new, name, value)
+    return new
+
+
+def is_number(node) -> bool:
+    return isinstance(node, ast.Constant) and type(node.value) in (int, float)
+
+
+def operator_variants(node) -> Iterator[Variant]:
     if isinstance(node, (ast.BinOp, ast.BoolOp)):
         for new in OPERATORS.get(type(node.op), []):
-            yield "operator", changed(op=new())
+            yield "operator", changed(node, op=new())
     if isinstance(node, ast.Compare):
         for i, op in enumerate(node.ops):
             for new in OPERATORS.get(type(op), []):
-                yield "comparison", changed(ops=[*node.ops[:i], new(), *node.ops[i + 1:]])
-    if isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant):  # -1 is one constant
-        yield from (("constant", ast.Constant(step - node.operand.value)) for step in (1, -1))
+                ops = [*node.ops[:i], new(), *node.ops[i + 1 :]]
+                yield "comparison", changed(node, ops=ops)
+
+
+def constant_variants(node) -> Iterator[Variant]:
+    if isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant):
+        for step in (1, -1):  # -1 is one constant
+            yield "constant", ast.Constant(step - node.operand.value)
     elif isinstance(node, ast.UnaryOp):
         yield "sign, not", node.operand
     if isinstance(node, ast.Constant) and isinstance(node.value, bool):
-        yield "constant", changed(value=not node.value)
-    elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-        yield from (("constant", changed(value=node.value + step)) for step in (1, -1))
+        yield "constant", changed(node, value=not node.value)
+    elif is_number(node):
+        for step in (1, -1):
+            yield "constant", changed(node, value=node.value + step)
+
+
+def name_variants(node) -> Iterator[Variant]:
+    kind = "min/max, mean/sum"
     if isinstance(node, ast.Attribute) and node.attr in NAMES:
-        yield "min/max, mean/sum", changed(attr=NAMES[node.attr])
+        yield kind, changed(node, attr=NAMES[node.attr])
     if isinstance(node, ast.Name) and node.id in NAMES:
-        yield "min/max, mean/sum", changed(id=NAMES[node.id])
+        yield kind, changed(node, id=NAMES[node.id])
     if isinstance(node, ast.keyword) and node.arg in ("min", "max"):
-        yield "min/max, mean/sum", changed(arg=NAMES[node.arg])
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) != "torch":
-        yield "call dropped", node.func.value
+        yield kind, changed(node, arg=NAMES[node.arg])
+
+
+def statement_variants(node) -> Iterator[Variant]:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        if ast.unparse(node.func.value) != "torch":
+            yield "call dropped", node.func.value
     if isinstance(node, (ast.If, ast.IfExp)):
         for value in (True, False):
-            yield "condition", changed(test=ast.Constant(value))
+            yield "condition", changed(node, test=ast.Constant(value))
     if isinstance(node, ast.Return) and node.value is not None:
-        yield "return", changed(value=ast.Constant(None))
-    if isinstance(node, (ast.Expr, ast.Delete)) and not isinstance(getattr(node, "value", None), ast.Constant):
-        yield "statement", ast.Pass()
+        yield "return", changed(node, value=ast.Constant(None))
+    if isinstance(node, (ast.Expr, ast.Delete)):
+        if not isinstance(getattr(node, "value", None), ast.Constant):  # a docstring
+            yield "statement", ast.Pass()
 
 
-def mutants(tree, only):
-    def walk(node, name):
-        if isinstance(node, (ast.Raise, ast.JoinedStr)) or isinstance(getattr(node, "operand", None), ast.Constant):
-            return
-        for field, value in ast.iter_fields(node):
-            for i, child in enumerate(value if isinstance(value, list) else [value]):
-                if not isinstance(child, ast.AST):
-                    continue
-                for kind, new in variants(child):
-                    def put(x):
-                        setattr(node, field, [*value[:i], x, *value[i + 1:]] if isinstance(value, list) else x)
-                    put(new)
-                    yield name, kind, child, new, ast.unparse(ast.fix_missing_locations(tree))
-                    setattr(node, field, value)
-                yield from walk(child, name)
+def variants(node) -> Iterator[Variant]:
+    yield from operator_variants(node)
+    yield from constant_variants(node)
+    yield from name_variants(node)
+    yield from statement_variants(node)
+
+
+# ---- mutants -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Mutant:
+    file: str
+    function: str
+    kind: str
+    line: str
+    old: str
+    new: str
+    source: str  # of the whole file
+
+
+def places(node) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
+    """(parent, field, index in that field, node) of every node that may change."""
+    is_negative_number = isinstance(getattr(node, "operand", None), ast.Constant)
+    if isinstance(node, (ast.Raise, ast.JoinedStr)) or is_negative_number:
+        return
+    for field, value in ast.iter_fields(node):
+        children = enumerate(value) if isinstance(value, list) else [(None, value)]
+        for i, child in children:
+            if isinstance(child, ast.AST):
+                yield node, field, i, child
+                yield from places(child)
+
+
+def put(parent, field: str, index: int | None, node) -> None:
+    if index is None:
+        setattr(parent, field, node)
+    else:
+        getattr(parent, field)[index] = node
+
+
+def mutants(file: str, only: str) -> Iterator[Mutant]:
+    tree = ast.parse((ROOT / file).read_text())
     for function in tree.body:
-        if isinstance(function, ast.FunctionDef) and only in ("", function.name):
-            yield from walk(function, function.name)
+        if not isinstance(function, ast.FunctionDef) or only not in ("", function.name):
+            continue
+        for parent, field, i, node in list(places(function)):
+            for kind, new in variants(node):
+                put(parent, field, i, new)
+                source = ast.unparse(ast.fix_missing_locations(tree))
+                put(parent, field, i, node)
+                line, old = str(getattr(node, "lineno", "?")), ast.unparse(node)
+                yield Mutant(file, function.name, kind, line, old, ast.unparse(new), source)
 
 
-def survives(source):
-    signal.signal(signal.SIGALRM, signal.default_int_handler)  # an endless loop ends in KeyboardInterrupt, which fails
-    signal.alarm(180)
+def survives(file: str, source: str) -> bool:
+    """Whether the tests pass with this source in place of the file; runs in its own process."""
+    signal.signal(signal.SIGALRM, signal.default_int_handler)  # ends an endless loop, as a failure
+    signal.alarm(SECONDS)
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "tricks.py").write_text(source)
-        Path(folder, "test_tricks.py").symlink_to(ROOT / "test_tricks.py")
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "support", Path(folder, "support"), ignore=ignored)
+        Path(folder, "tests").mkdir()
+        Path(folder, "tests/__init__.py").touch()
+        for name in ("tricks.py", "tests/checks.py", TESTS[file]):
+            shutil.copy(ROOT / name, Path(folder, name))
+        Path(folder, file).write_text(source)
         os.chdir(folder)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.path.insert(0, folder)
-        return pytest.main(["-xq", "--assert=plain", "-pno:cacheprovider", "-pno:unraisableexception", "-Wignore",
-                            "-k", "not named_mutants", folder]) == 0
+        flags = "-xq --assert=plain -p no:cacheprovider -p no:unraisableexception -W ignore"
+        code = pytest.main([*flags.split(), "-k", "not named_mutant", TESTS[file]])
+        os.chdir("/")
+        return code == 0
 
 
-if __name__ == "__main__":
+# ---- report --------------------------------------------------------------------------------------
+
+
+def report(total: Counter, survived: Counter) -> None:
+    for key, count in total.items():
+        killed = count - survived[key]
+        print(f"{key:32s} {killed:4d} of {count:4d} killed  {killed / count:6.1%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("jobs", nargs="?", type=int, default=2, help="processes at a time")
+    parser.add_argument("function", nargs="?", default="", help="only this function")
+    args = parser.parse_args()
     os.environ.setdefault("EXAMPLES", "15")
     sys.dont_write_bytecode = True
     torch.set_num_threads(1)
-    source = (ROOT / "tricks.py").read_text()
-    todo = list(mutants(ast.parse(source), (sys.argv[2:] or [""])[0]))
+    todo = [mutant for file in TESTS for mutant in mutants(file, args.function)]
+    if not todo:
+        sys.exit(f"error: no function {args.function} in {', '.join(TESTS)}")
     total, survived = Counter(), Counter()
-    with multiprocessing.get_context("fork").Pool(int((sys.argv[1:] or ["2"])[0]), maxtasksperchild=1) as pool:
-        assert pool.apply(survives, (ast.unparse(ast.parse(source)),)), "the tests fail on the original"
-        for (name, kind, old, new, _), lives in zip(todo, pool.imap(survives, [mutant[-1] for mutant in todo])):
-            total.update((name, kind, "all"))
-            if lives:
-                survived.update((name, kind, "all"))
-                print(f"survivor: {name} line {getattr(old, 'lineno', '?')}, {kind}: {ast.unparse(old)!r:.90} -> "
-                      f"{ast.unparse(new)!r:.90}", flush=True)
-    for key in total:
-        print(f"{key:32s} {total[key] - survived[key]:4d} of {total[key]:4d} killed  {1 - survived[key] / total[key]:6.1%}")
+    with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
+        for file in dict.fromkeys(mutant.file for mutant in todo):
+            original = ast.unparse(ast.parse((ROOT / file).read_text()))
+            if not pool.apply(survives, (file, original)):
+                sys.exit(f"error: {TESTS[file]} fails on the original {file}")
+        jobs = [pool.apply_async(survives, (mutant.file, mutant.source)) for mutant in todo]
+        for mutant, job in zip(todo, jobs, strict=True):
+            total.update((mutant.function, mutant.kind, "all"))
+            if job.get():
+                survived.update((mutant.function, mutant.kind, "all"))
+                change = f"{mutant.old!r:.90} -> {mutant.new!r:.90}"
+                where = f"{mutant.function} line {mutant.line}, {mutant.kind}"
+                print(f"survivor: {where}: {change}", flush=True)
+    report(total, survived)
+
+
+if __name__ == "__main__":
+    main()

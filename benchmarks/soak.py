@@ -1,11 +1,13 @@
-"""A long run on the toy, watched from outside: memory, open files and number of its processes must stay flat.
+"""A long run of the toy, observed from outside: memory, files and processes must not grow.
 
     python benchmarks/soak.py [--steps 500] [--output soak.json]
 
-Checkpoints every 10 steps, evaluates every 25, grades with the math reward in two workers (Linux). Every hundredth of a second the resident memory of each
-process is looked at, every two seconds the processes and their open files. Within a step memory rises and falls by 100 MiB with the lengths of the
-responses; what a process *holds* is the least of it in 20 steps, and that must not grow. The first half of the steps is the warm-up; the slope is a
-least-squares line over the second half. The highest of 20 steps is shown beside it.
+It saves a checkpoint every 10 steps, evaluates every 25 and grades with the math reward in two
+workers (Linux). It reads the resident memory of each process every hundredth of a second, and the
+processes and their open files every two seconds. Within a step, memory rises and falls by 100 MiB
+with the lengths of the responses. So what a process holds is the minimum over 20 steps, and that
+must not grow. The first half of the steps is warm-up; the slope is a least-squares line over the
+second half. The maximum over 20 steps is printed as well.
 """
 
 import argparse
@@ -16,23 +18,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 WINDOW = 20  # steps
 
 
+# ---- processes -----------------------------------------------------------------------------------
+
+
 def family(root: int) -> list[int]:
-    """A process and all below it."""
+    """A process and all its descendants."""
     parents = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parents[int(status.parent.name)] = int(status.read_text().rsplit(")", 1)[1].split()[1])
+            fields = status.read_text().rsplit(")", 1)[1].split()
+            parents[int(status.parent.name)] = int(fields[1])
         except OSError:
-            continue  # it has ended meanwhile
+            continue  # it has ended in the meantime
     found = [root]
     for pid in found:
         found += [child for child, parent in parents.items() if parent == pid]
@@ -40,11 +47,12 @@ def family(root: int) -> list[int]:
 
 
 def resident(pid: int) -> float | None:
-    """MiB."""
+    """MiB; None after the end of the process."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
     except (OSError, IndexError):
-        return None  # it has ended meanwhile
+        return None
 
 
 def open_files(pid: int) -> int | None:
@@ -54,76 +62,152 @@ def open_files(pid: int) -> int | None:
         return None
 
 
-def slope(points: list[tuple[float, float]]) -> float:
-    """MiB per 100 steps of (step, MiB)."""
-    return round(float(np.polyfit(*zip(*points), 1)[0]) * 100, 3)
+# ---- observation ---------------------------------------------------------------------------------
+
+
+class Observer:
+    """Memory, open files and number of the processes of a run, by step."""
+
+    def __init__(self, run: subprocess.Popen, metrics: Path):
+        self.run, self.metrics = run, metrics
+        self.lines = None  # the open log
+        self.step = -1
+        self.alive = [run.pid]
+        self.look_every = 2.0  # seconds between looks at processes and files
+        self.next_look = 0.0
+        self.names: dict[int, str] = {}
+        self.counts: list[tuple[int, int]] = []  # (step, processes)
+        self.files: dict[int, list[tuple[int, int]]] = defaultdict(list)  # pid: (step, files)
+        # pid: window of steps: MiB
+        self.low: dict[int, dict[int, float]] = defaultdict(dict)
+        self.high: dict[int, dict[int, float]] = defaultdict(dict)
+
+    def observe(self) -> None:
+        """Look until the run has ended."""
+        while self.run.poll() is None:
+            self.count_steps()
+            if time.monotonic() > self.next_look:
+                self.next_look = time.monotonic() + self.look_every
+                self.look_at_processes()
+            if self.step >= 0:
+                self.look_at_memory()
+            time.sleep(0.01)
+
+    def count_steps(self) -> None:
+        if self.lines is None and self.metrics.exists():
+            self.lines = open(self.metrics, "rb")
+        if self.lines:
+            self.step += self.lines.read().count(b"\n")  # reads only new lines
+
+    def look_at_processes(self) -> None:
+        self.alive = family(self.run.pid)
+        self.counts.append((self.step, len(self.alive)))
+        for i, pid in enumerate(self.alive):
+            # the judge is the child of the trainer, the workers are children of the judge
+            self.names.setdefault(pid, ("trainer", "judge", "worker")[min(i, 2)])
+            number = open_files(pid)
+            if number and self.step >= 0:
+                self.files[pid].append((self.step, number))
+
+    def look_at_memory(self) -> None:
+        window = self.step // WINDOW
+        for pid in self.alive:
+            mib = resident(pid)
+            if mib is not None:
+                self.low[pid][window] = min(mib, self.low[pid].get(window, mib))
+                self.high[pid][window] = max(mib, self.high[pid].get(window, mib))
+
+
+def slope(windows: list[int], mib: list[float]) -> float:
+    """MiB per 100 steps."""
+    steps = [window * WINDOW for window in windows]
+    return round(float(np.polyfit(steps, mib, 1)[0]) * 100, 3)
+
+
+def summarize(seen: Observer, steps: int) -> list[dict]:
+    """One row for each process that lived through three windows of the second half."""
+    rows = []
+    for pid in seen.low:
+        late = [w for w in seen.low[pid] if steps / 2 <= w * WINDOW and (w + 1) * WINDOW <= steps]
+        if len(late) <= 2:
+            continue
+        row = dict(process=seen.names[pid])
+        for name, extreme in (("held", seen.low[pid]), ("most", seen.high[pid])):
+            mib = [extreme[window] for window in late]
+            row[f"{name}_first"] = round(mib[0], 1)
+            row[f"{name}_last"] = round(mib[-1], 1)
+            row[f"{name}_per_100_steps"] = slope(late, mib)
+            row[name] = [round(x, 1) for x in mib]
+        numbers = [number for step, number in seen.files[pid] if step >= steps / 2]
+        row["files_first"], row["files_last"] = numbers[0], numbers[-1]
+        rows.append(row)
+    return rows
+
+
+def check_laws(seen: Observer, rows: list[dict], steps: int, logged: list[int]) -> dict[str, bool]:
+    late = [number for step, number in seen.counts if step >= steps / 2]
+    flat = [row["held_per_100_steps"] < 1 for row in rows]
+    files = [row["files_last"] <= row["files_first"] + 2 for row in rows]
+    complete = seen.run.returncode == 0 and logged == list(range(steps + 1))
+    return {
+        "exit code 0, each step once": complete,
+        "every process holds under 1 MiB more per 100 steps": len(rows) == 4 and all(flat),
+        "open files do not grow": all(files),
+        "processes do not grow": bool(late) and max(late) <= late[0],
+        "no process left over": not any(Path(f"/proc/{pid}").exists() for pid in seen.low),
+    }
+
+
+def print_rows(rows: list[dict]) -> None:
+    memory = f"{'held, MiB':>19}{'per 100 steps':>14}{'most, MiB':>19}{'per 100 steps':>14}"
+    print(f"{'process':<10}{memory}{'open files':>15}")
+    for row in rows:
+        line = f"{row['process']:<10}"
+        for name in ("held", "most"):
+            first, last, growth = (row[f"{name}_{x}"] for x in ("first", "last", "per_100_steps"))
+            line += f"{first:>9.1f} -> {last:<6.1f}{growth:>14.2f}"
+        print(f"{line}{row['files_first']:>9} -> {row['files_last']}")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--sampler", default="transformers")
-    parser.add_argument("--output")
+    parser.add_argument("--flags", default="", help="more flags of lite_ppo.py, in one string")
+    parser.add_argument("--output", help="JSON file")
     args = parser.parse_args()
+    began = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "lite_ppo.py", *f"""--sampler {args.sampler} --steps {args.steps} --prompts-per-step 8 --group-size 8 --lr 1e-5 --eval-every 25
-            --eval-size 10 --save-every 10 --reward-workers 2 --output-dir {folder}""".split()]  # fmt: skip
-        began, run = time.time(), None
-        log = open(Path(folder, "console"), "w")
-        run = subprocess.Popen(command, cwd=HERE, stdout=log, stderr=log)
-        low: dict[int, dict[int, float]] = {}  # of each process: the least and the most MiB in each window of steps
-        high: dict[int, dict[int, float]] = {}
-        files: dict[int, list[tuple[int, int]]] = {}
-        names, counts, step, alive, next_look = {}, [], -1, [run.pid], 0.0
-        metrics = Path(folder, "metrics.jsonl")
-        lines = None
-        while run.poll() is None:
-            if lines is None and metrics.exists():
-                lines = open(metrics, "rb")
-            step += lines.read().count(b"\n") if lines else 0  # only what is new
-            if time.monotonic() > next_look:
-                next_look, alive = time.monotonic() + 2, family(run.pid)
-                counts.append((step, len(alive)))
-                for i, pid in enumerate(alive):  # the judge is the trainer's child, the workers are the judge's
-                    names.setdefault(pid, ("trainer", "judge", "worker")[min(i, 2)])
-                    if (number := open_files(pid)) and step >= 0:
-                        files.setdefault(pid, []).append((step, number))
-            for pid in alive if step >= 0 else ():
-                if (mib := resident(pid)) is not None:
-                    window = step // WINDOW
-                    for extreme, seen in (min, low), (max, high):
-                        seen.setdefault(pid, {})[window] = extreme(mib, seen.get(pid, {}).get(window, mib))
-            time.sleep(0.01)
-        code, seconds = run.returncode, time.time() - began
-        steps_done = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-        left = [pid for pid in low if Path(f"/proc/{pid}").exists()]
-    rows = []
-    for pid, windows in low.items():
-        late = [w for w in windows if args.steps / 2 <= w * WINDOW and (w + 1) * WINDOW <= args.steps]  # whole ones
-        if len(late) > 2:
-            numbers = [number for step, number in files[pid] if step >= args.steps / 2]
-            held, most = ([(w * WINDOW, seen[pid][w]) for w in late] for seen in (low, high))
-            rows.append(dict(process=names[pid], held_first=round(held[0][1], 1), held_last=round(held[-1][1], 1), held_per_100_steps=slope(held),
-                             most_first=round(most[0][1], 1), most_last=round(most[-1][1], 1), most_per_100_steps=slope(most), held=[round(mib, 1) for _, mib in held],
-                             most=[round(mib, 1) for _, mib in most], files_first=numbers[0], files_last=numbers[-1]))  # fmt: skip
-    print(f"{args.steps} steps in {seconds:.0f} s, exit code {code}")
-    print(f"{'process':<10}{'held, MiB':>19}{'per 100 steps':>14}{'most, MiB':>19}{'per 100 steps':>14}{'open files':>15}")
-    for row in rows:
-        held, most = (f"{row[f'{name}_first']:>9.1f} -> {row[f'{name}_last']:<6.1f}{row[f'{name}_per_100_steps']:>14.2f}" for name in ("held", "most"))
-        print(f"{row['process']:<10}{held}{most}{row['files_first']:>9} -> {row['files_last']}")
-    late_counts = [n for step, n in counts if step >= args.steps / 2]
-    laws = {
-        "exit code 0, each step once": code == 0 and steps_done == list(range(args.steps + 1)),
-        "every process holds under 1 MiB more per 100 steps": len(rows) == 4 and all(row["held_per_100_steps"] < 1 for row in rows),
-        "open files do not grow": all(row["files_last"] <= row["files_first"] + 2 for row in rows),
-        "processes do not grow": bool(late_counts) and max(late_counts) <= late_counts[0],
-        "no process left over": not left,
-    }
+        flags = f"""--sampler {args.sampler} --steps {args.steps} --prompts-per-step 8
+            --group-size 8 --lr 1e-5 --eval-every 25 --eval-size 10 --save-every 10
+            --reward-workers 2 --output-dir {folder} {args.flags}"""
+        command = [sys.executable, "lite_ppo.py", *flags.split()]
+        console, metrics = Path(folder, "console"), Path(folder, "metrics.jsonl")
+        with open(console, "w") as log:
+            run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+            seen = Observer(run, metrics)
+            seen.observe()
+        if not metrics.exists():
+            sys.exit(f"the run failed:\n{console.read_text()[-3000:]}")
+        logged = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    seconds = time.time() - began
+    rows = summarize(seen, args.steps)
+    laws = check_laws(seen, rows, args.steps, logged)
+    print(f"{args.steps} steps in {seconds:.0f} s, exit code {run.returncode}")
+    print_rows(rows)
     for law, holds in laws.items():
         print(f"{'PASS' if holds else 'FAIL'}  {law}")
     if args.output:
-        record = dict(command="python " + " ".join(["benchmarks/soak.py", *sys.argv[1:]]), date=f"{datetime.now():%Y-%m-%d}", machine=f"{os.cpu_count()} cores, {platform.machine()}",
-                      seconds=round(seconds), processes=rows, laws=laws)  # fmt: skip
+        record = dict(
+            command=" ".join(["python", "benchmarks/soak.py", *sys.argv[1:]]),
+            date=f"{datetime.now():%Y-%m-%d}",
+            machine=f"{os.cpu_count()} cores, {platform.machine()}",
+            seconds=round(seconds),
+            processes=rows,
+            laws=laws,
+        )
         Path(args.output).write_text(json.dumps(record, indent=1) + "\n")
     return 0 if all(laws.values()) else 1
 

@@ -1,20 +1,24 @@
-"""Isolated evaluation: one trick at a time, over difficulty, model size, alignment and seeds, in the manner of the paper.
+"""Isolated evaluation: one trick at a time, over difficulty, model size, alignment and seeds.
 
-    python experiments/run.py                     # every question on the toy; resumable
-    python experiments/run.py --reduced           # one environment, two seeds: what a small machine does in minutes
-    python experiments/run.py --only clip methods # some of the questions
-    python experiments/run.py --models Qwen/Qwen3-4B-Base Qwen/Qwen3-4B --train-data easy medium hard --eval-data math500 aime24 amc23 \\
-        --launch "torchrun --nproc-per-node 8" --flags "--steps 200 --minibatches 4" --results qwen3.jsonl     # real models
+    python experiments/run.py                      # every question on the toy; resumable
+    python experiments/run.py --reduced            # one environment of each kind, two seeds
+    python experiments/run.py --only clip methods  # some of the questions
+    python experiments/run.py --models Qwen/Qwen3-4B-Base Qwen/Qwen3-4B \\
+        --train-data easy medium hard --eval-data math500 aime24 amc23 \\
+        --launch "torchrun --nproc-per-node 8" --flags "--steps 200 --minibatches 4" \\
+        --results qwen3.jsonl                      # real models
 
-A run is `lite_ppo.py` with the flags of an environment (data, model) and of a setting (one trick switched); nothing here trains. (The only
-exception are the four definitions of a batch std that lite_ppo.py does not have: they replace its advantage.) On the toy each run is a fork of
-this process, which has the libraries loaded, with one thread; on real models it is the command given. Finished runs are a line each in the
-results file: flags, what differs from the defaults, curves, final figures. A second call runs what is missing.
-`plot.py` makes figures and tables of the file. README.md says what each question is, and how the toy was made to show an effect.
+A run is lite_ppo.py with the flags of an environment (model, data) and of a setting (one trick
+switched). Exception: the settings of definitions.py replace the advantage. On the toy, each run is
+a fork of this process with one thread. On real models, each run is a command. A finished run is
+one line of the results file: flags, changed settings, curves, final figures. A second call makes
+only the missing runs. plot.py turns the file into figures and tables.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import importlib
 import json
 import multiprocessing as mp
 import os
@@ -25,206 +29,139 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from datetime import date
 from multiprocessing.connection import wait
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: runs side by side, a core each, and the same sums on every machine
+# One thread per run: runs share the cores, and sums are the same on every machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from tqdm import tqdm
+
+import lite_ppo
+from definitions import DEFINITIONS, OtherStd
+from grid import (
+    ISOLATED,
+    METHODS,
+    QUESTIONS,
+    SETTINGS,
+    Run,
+    current_flags,
+    questions,
+    reduced_questions,
+)
+from support import toy
+from support.logs import read_jsonl
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
 
-import lite_ppo  # noqa: E402
-import matplotlib.figure  # noqa: E402, F401  here, and below: what each fork would import anew
-import torch  # noqa: E402
-import toy  # noqa: E402
-import torch.utils.tensorboard  # noqa: E402, F401
-import transformers.models.qwen3.modeling_qwen3  # noqa: E402, F401
-from rundir import read_jsonl  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: E402, F401
+CURVES = """
+reward/mean reward/std reward/std_within reward/solve_all reward/solve_none
+response/length_mean response/truncated response/looping
+policy/entropy policy/clip_low policy/clip_high policy/approx_kl policy/grad_norm
+rollout/responses
+""".split()
+LATE = CURVES[5:]  # the final figures: mean of the last quarter of the run
 
-# ---- settings: Lite PPO with one thing changed, and the other methods ------------------------------------------------
+MODEL_SETTINGS = {name: flags for name, flags in SETTINGS.items() if name not in DEFINITIONS}
+MODEL_SETTINGS |= {f"preset {name}": flags for name, flags in METHODS.items()}
 
-SETTINGS = {
-    "lite_ppo": "",
-    "group std": "--advantage-std group",
-    "no std": "--advantage-std none",
-    "batch mean": "--advantage-mean batch",
-    "no normalisation": "--advantage-mean none --advantage-std none",
-    "sequence level": "--loss-level sequence",
-    "constant level": "--loss-level constant",
-    "neither trick": "--advantage-mean none --advantage-std none --loss-level sequence",
-    "clip 0.24": "--clip-high 0.24",
-    "clip 0.28": "--clip-high 0.28",
-    "clip 0.32": "--clip-high 0.32",
-    "overlong filter": "--overlong-filter",
-    "soft punishment": "--overlong-buffer 0.2",
-    "eps 1e-4": "--advantage-eps 1e-4",
-    **{f"{name}, -1/1": f"{flags} --reward-low -1" for name, flags in {  # of the rewards; all others are 0/1
-        "lite_ppo": "", "group std": "--advantage-std group", "batch mean": "--advantage-mean batch",
-        "no normalisation": "--advantage-mean none --advantage-std none"}.items()},
-    **{f"std: {name}": "" for name in ("ddof 0", "within groups", "by tokens", "per rank")},  # see DEFINITIONS
-}  # fmt: skip
-METHODS = {
-    **{preset: f"--preset {preset}" for preset in ("lite_ppo", "grpo", "dapo", "dr_grpo", "rloo", "reinforce")},
-    "dapo, no resampling": "--preset dapo --no-dynamic-sampling",  # as many sampled responses as the others
-}
-RATES = ("1.25e-4", "2.5e-4", "5e-4", "1e-3")
+PRELOADED = [  # slow imports that every fork would repeat
+    "matplotlib.figure",
+    "torch.utils.tensorboard",
+    "transformers.models.qwen3.modeling_qwen3",
+]
 
 
-def _std_ddof_0(rewards, lengths):
-    return rewards.std(correction=0)
+# ---- a run as one line ---------------------------------------------------------------------------
 
 
-def _std_within_groups(rewards, lengths):
-    """Root mean square of the rewards centred on their groups."""
-    return (rewards - rewards.mean(1, keepdim=True)).square().mean().sqrt()
+def three_digits(value):
+    """Numbers in the results have three significant digits, enough for every figure."""
+    return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
-def _std_by_tokens(rewards, lengths):
-    """The same over tokens: a response counts as often as it has tokens."""
-    return ((rewards - rewards.mean(1, keepdim=True)).square() * lengths).sum().div(lengths.sum()).sqrt()
+def evaluations(log: list[dict]) -> dict[str, list]:
+    """The steps that were evaluated, and the metrics of each evaluation."""
+    rows = [row for row in log if any(key.startswith("eval/") for key in row)]
+    found = {"step": [row["step"] for row in rows]}
+    for key in rows[-1]:
+        if key.startswith("eval/") and not key.endswith(("_low", "_high")):
+            found[key] = [three_digits(row[key]) for row in rows]
+    return found
 
 
-def _std_per_rank(rewards, lengths):
-    """Each of 4 ranks divides by the std of its own two groups."""
-    parts = rewards.view(4, -1).std(1, keepdim=True)
-    return parts.repeat_interleave(rewards.shape[0] // 4, 0)
+def final_figures(steps: list[dict], evaluation: dict[str, list]) -> dict[str, float]:
+    """Accuracy before and after, reward over all steps, the rest over the last quarter."""
+    sets = [values for key, values in evaluation.items() if key.endswith("/accuracy")]
+    final = {
+        "accuracy": statistics.mean(values[-1] for values in sets),
+        "accuracy_before": statistics.mean(values[0] for values in sets),
+        "reward": statistics.mean(row["reward/mean"] for row in steps),
+    }
+    late = steps[-max(1, len(steps) // 4) :]
+    for key in LATE:
+        if key in late[-1]:
+            final[key] = statistics.mean(row[key] for row in late)
+    return {key: three_digits(float(value)) for key, value in final.items()}
 
 
-DEFINITIONS = {"std: ddof 0": _std_ddof_0, "std: within groups": _std_within_groups, "std: by tokens": _std_by_tokens, "std: per rank": _std_per_rank}
+def clipped_tokens(folder: Path) -> dict[str, list]:
+    """The 20 tokens that were clipped most, on each side."""
+    counts = {"low": Counter(), "high": Counter()}
+    for row in read_jsonl(folder / "clipped.jsonl"):
+        for side, counter in counts.items():
+            counter.update(dict(row[side]))
+    return {side: counter.most_common(20) for side, counter in counts.items()}
 
 
-def define_std(std) -> None:
-    """In this process, Lite PPO's advantage divides by another "batch std": what other code bases mean by the name."""
-    shape, lengths = lite_ppo.shape_rewards, []
-
-    def shape_rewards(responses, cfg):
-        rewards = shape(responses, cfg)
-        lengths[:] = [torch.tensor([len(r.token_ids) for r in responses], dtype=torch.float32).view(rewards.shape)]
-        return rewards
-
-    def compute_advantages(rewards, cfg):
-        return (rewards - rewards.mean(1, keepdim=True)) / (std(rewards, lengths[0]) + cfg.advantage_eps)
-
-    lite_ppo.shape_rewards, lite_ppo.compute_advantages = shape_rewards, compute_advantages
-
-
-# ---- environments and questions --------------------------------------------------------------------------------------
-
-DIFFICULTIES, SIZES, VARIANTS = ("easy", "medium", "hard"), ("tiny", "small"), ("base", "aligned")
-TOY = """--sampler transformers --reward exact --reward-workers 1 --prompts-per-step 8 --group-size 8 --minibatches 4 --steps 20 --warmup-steps 4
-    --lr 3e-4 --eval-every 10 --eval-size 100 --samples-per-step 0"""
-
-
-def environment(difficulty: str, size: str, variant: str, flags: str = "") -> str:
-    return f"{TOY} --model toy:{size}:{variant} --train-data toy:{difficulty} --eval-data toy=toy:{difficulty}:test {flags}"
-
-
-ENVIRONMENTS = {f"{d} {s} {v}": environment(d, s, v) for d in DIFFICULTIES for s in SIZES for v in VARIANTS}
-ENVIRONMENTS |= {  # more optimizer steps per rollout, so that clips bind, and more responses, so that learning stands it
-    f"medium small {v}, 8 steps": environment("medium", "small", v, "--prompts-per-step 16 --minibatches 8") for v in VARIANTS
-}
-ENVIRONMENTS |= {  # one response in eight gets stuck and is five times as long as a right one
-    f"medium small {v}, long": environment("medium", "small", v, "--max-new-tokens 192") for v in ("looping", "aligned-looping")
-}
-ENVIRONMENTS |= {  # limits that cut right chains, second attempts and loops, and loops only
-    f"hard small looping, {name}": environment("hard", "small", "looping", f"--max-new-tokens {limit}")
-    for name, limit in (("tight", 56), ("middle", 96), ("loose", 224))
-}
-GRID = list(ENVIRONMENTS)[:12]
-PAIR = ["medium small base", "medium small aligned"]
-STEPS = [f"{name}, 8 steps" for name in PAIR]
-LONG = [e for e in ENVIRONMENTS if e.endswith(", long")]
-LIMITS = [e for e in ENVIRONMENTS if e.startswith("hard small looping")]
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    environment: str
-    setting: str
-    seed: int
-    flags: str
-
-    def __post_init__(self):
-        object.__setattr__(self, "flags", " ".join(self.flags.split()))
-
-    @property
-    def name(self) -> str:
-        return f"{self.environment}/{self.setting}/{self.seed}"
-
-
-def cells(environments, settings, seeds, flags: str = "") -> list[Run]:
-    return [Run(e, s, seed, f"{ENVIRONMENTS[e]} {SETTINGS[s]} {flags}") for e in environments for s in settings for seed in seeds]
-
-
-def sweep(seeds=(101, 102, 103)) -> list[Run]:
-    """Learning rates of the methods, on seeds that no other question uses."""
-    return [Run(PAIR[0], f"{name} at {rate}", seed, f"{ENVIRONMENTS[PAIR[0]]} {flags} --lr {rate}") for name, flags in METHODS.items() for rate in RATES
-            for seed in seeds]  # fmt: skip
-
-
-def best_rate(rows: list[dict], method: str) -> str:
-    """The rate with the highest mean final accuracy in the sweep; the lower one of equals."""
-    found = {rate: [row["final"]["accuracy"] for row in rows if row["setting"] == f"{method} at {rate}"] for rate in RATES}
-    return max(RATES, key=lambda rate: statistics.mean(found[rate]) if found[rate] else -1.0)
-
-
-def methods(rows: list[dict], environments, seeds) -> list[Run]:
-    """The methods, each with its own learning rate, at equal optimizer steps; evaluated often, for a comparison at equal responses."""
-    rates = {f"tuned {name}": best_rate(rows, name) for name in METHODS}
-    common = statistics.mode(rates.values())  # and those whose rate is another one, at that of most: three seeds choose with some luck
-    rates |= {f"common {name}": common for name in METHODS if rates[f"tuned {name}"] != common}
-    return [Run(e, name, seed, f"{ENVIRONMENTS[e]} {METHODS[name.split(' ', 1)[1]]} --lr {rate} --eval-every 3") for e in environments
-            for name, rate in rates.items() for seed in seeds]  # fmt: skip
-
-
-ISOLATED = ["lite_ppo", "group std", "no std", "batch mean", "no normalisation", "sequence level", "neither trick", "clip 0.28"]
-
-
-def questions(rows: list[dict], reduced: bool) -> dict[str, list[Run]]:
-    """The runs of each question. Those that several of them share are made once."""
-    seeds, environments, pair = (range(2), [PAIR[0]], PAIR[:1]) if reduced else (range(5), GRID, PAIR)
+def changed_settings(folder: Path) -> dict:
+    """The settings of a run that differ from the defaults."""
+    defaults = json.loads(json.dumps(dataclasses.asdict(lite_ppo.Config())))
+    config = json.loads((folder / "config.json").read_text())
     return {
-        "sweep": sweep((101,) if reduced else (101, 102, 103)),
-        "isolated": cells(environments, ISOLATED, seeds),
-        "scale": cells(pair[:1], [s for s in SETTINGS if s.endswith("-1/1")], seeds),
-        "clip": cells(STEPS[: len(pair)], ["lite_ppo", "clip 0.24", "clip 0.28", "clip 0.32"], seeds if reduced else range(10)),
-        "level": cells(pair, ["constant level"], seeds) + cells(LONG[: len(pair)], ["lite_ppo", "sequence level", "constant level"], seeds),
-        "overlong": cells(LIMITS[-1:] if reduced else LIMITS, ["lite_ppo", "overlong filter", "soft punishment"], seeds),
-        "definitions": cells(pair[:1], [*DEFINITIONS, "eps 1e-4"], seeds),
-        "methods": methods(rows, pair[:1], seeds if reduced else range(10)) + ([] if reduced else methods(rows, pair[1:], seeds)),
+        key: value
+        for key, value in config.items()
+        if value != defaults.get(key) and key != "output_dir"
     }
 
 
-# ---- running ---------------------------------------------------------------------------------------------------------
-
-CURVES = """reward/mean reward/std reward/std_within reward/solve_all reward/solve_none response/length_mean response/truncated response/looping
-    policy/entropy policy/clip_low policy/clip_high policy/approx_kl policy/grad_norm rollout/responses""".split()
-
-
 def record(run: Run, folder: Path, seconds: float) -> dict:
-    """A finished run as one line: three digits are enough for every figure."""
-    log, clipped = read_jsonl(folder / "metrics.jsonl"), {"low": Counter(), "high": Counter()}
-    for row in read_jsonl(folder / "clipped.jsonl"):
-        for side, counts in clipped.items():
-            counts.update(dict(row[side]))
-    short = lambda x: x if not isinstance(x, float) else float(f"{x:.3g}")  # noqa: E731
-    steps, evaluated = [row for row in log if "reward/mean" in row], [row for row in log if any(key.startswith("eval/") for key in row)]
-    evaluation = {key: [short(row[key]) for row in evaluated] for key in evaluated[-1] if key.startswith("eval/") and not key.endswith(("_low", "_high"))}
-    late = steps[-max(1, len(steps) // 4):]  # the last quarter
-    accuracy = [statistics.mean(values) for values in zip(*(v for k, v in evaluation.items() if k.endswith("/accuracy")))]
-    final = {"accuracy": accuracy[-1], "accuracy_before": accuracy[0], "reward": statistics.mean(row["reward/mean"] for row in steps)}
-    final |= {key: statistics.mean(row[key] for row in late) for key in CURVES[5:] if key in late[-1]}
-    config, defaults = json.loads((folder / "config.json").read_text()), json.loads(json.dumps(dataclasses.asdict(lite_ppo.Config())))
-    return {
-        "environment": run.environment, "setting": run.setting, "seed": run.seed, "seconds": round(seconds, 1), "date": f"{date.today()}", "flags": run.flags,
-        "config": {key: value for key, value in config.items() if value != defaults.get(key) and key != "output_dir"},
-        "final": {key: short(float(value)) for key, value in final.items()},
-        "curve": {key: [short(row[key]) for row in steps] for key in CURVES if key in steps[-1]},
-        "evaluation": {"step": [row["step"] for row in evaluated]} | evaluation,
-        "clipped": {side: counts.most_common(20) for side, counts in clipped.items()},
-    } | ({"advantage": run.setting} if run.setting in DEFINITIONS else {})  # fmt: skip
+    """A finished run as one line of the results."""
+    log = read_jsonl(folder / "metrics.jsonl")
+    steps = [row for row in log if "reward/mean" in row]
+    evaluation = evaluations(log)
+    line = {
+        "environment": run.environment,
+        "setting": run.setting,
+        "seed": run.seed,
+        "seconds": round(seconds, 1),
+        "date": f"{date.today()}",
+        "flags": run.flags,
+        "config": changed_settings(folder),
+        "final": final_figures(steps, evaluation),
+        "curve": {},
+        "evaluation": evaluation,
+        "clipped": clipped_tokens(folder),
+    }
+    for key in CURVES:
+        if key in steps[-1]:
+            line["curve"][key] = [three_digits(row[key]) for row in steps]
+    if run.setting in DEFINITIONS:
+        line["advantage"] = run.setting
+    return line
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def preload() -> None:
+    for name in PRELOADED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 def arguments(run: Run, folder: Path) -> list[str]:
@@ -232,134 +169,272 @@ def arguments(run: Run, folder: Path) -> list[str]:
 
 
 def child(run: Run, folder: Path) -> None:
-    """A run in a fork of this process, its console in a file."""
+    """A run in a fork of this process. Its output goes to a file."""
     torch.set_num_threads(1)
     console = os.open(folder / "console", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(console, 1), os.dup2(console, 2)
+    os.dup2(console, sys.stdout.fileno())
+    os.dup2(console, sys.stderr.fileno())
     sys.argv = ["lite_ppo.py", *arguments(run, folder)]
     if run.setting in DEFINITIONS:
-        define_std(DEFINITIONS[run.setting])
+        OtherStd(lite_ppo, run.setting)
     sys.exit(lite_ppo.main())
 
 
-def last_words(console: Path) -> str:
-    return ([line for line in console.read_text(errors="replace").splitlines() if line.strip()] or ["(said nothing)"])[-1][-300:]
+def launched(command: list[str], console: Path) -> None:
+    """A run as a command of its own. Its output goes to a file."""
+    with open(console, "w") as file:
+        done = subprocess.run(command, stdout=file, stderr=file)
+    sys.exit(done.returncode)
 
 
-def run_all(runs: list[Run], results: Path, folder: Path, jobs: int, launch: str, keep: bool) -> list[str]:
-    """Run them, `jobs` at a time, and add each to the results. Returns what failed, in words."""
-    waiting, running, failed = runs[::-1], {}, []
-    bar = tqdm(total=len(runs), unit="run", dynamic_ncols=True, smoothing=0)
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            run = waiting.pop()
-            place = folder / run.name.replace("/", "-").replace(" ", "_")
-            if not keep:
-                shutil.rmtree(place, ignore_errors=True)  # of a grid that was killed; what is kept goes on from its checkpoint, if it has one
-            place.mkdir(parents=True, exist_ok=True)
-            if launch:
-                with open(place / "console", "w") as console:
-                    command = [*shlex.split(launch), str(HERE.parent / "lite_ppo.py"), *arguments(run, place)]
-                    process = mp.get_context("fork").Process(target=lambda: sys.exit(subprocess.run(command, stdout=console, stderr=console).returncode))
-                    process.start()
-            else:
-                process = mp.get_context("fork").Process(target=child, args=(run, place))
-                process.start()
-            running[process.sentinel] = process, run, place, time.time()
-        for sentinel in wait(list(running)):
-            process, run, place, began = running.pop(sentinel)
-            process.join()
-            bar.update()
-            if process.exitcode:
-                failed.append(f"{run.name}: exit code {process.exitcode}, {last_words(place / 'console')} (all of it: {place}/console)")
-                tqdm.write(failed[-1])
-                continue
-            try:
-                row = json.dumps(record(run, place, time.time() - began)) + "\n"
-            except (OSError, ValueError, KeyError, IndexError) as error:
-                failed.append(f"{run.name}: its logs in {place} cannot be read: {type(error).__name__}: {error}")
-                tqdm.write(failed[-1])
-                continue
-            with open(results, "a", encoding="utf-8") as file:
-                file.write(row)
-            if not keep:
-                shutil.rmtree(place)
-    bar.close()
-    return failed
+def last_line(console: Path) -> str:
+    lines = [line for line in console.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][-300:] if lines else "no output"
+
+
+@dataclass
+class Started:
+    """A run in progress."""
+
+    run: Run
+    folder: Path
+    process: mp.Process
+    began: float
+
+
+@dataclass
+class Pool:
+    """Runs side by side. Each finished run becomes a line of the results file."""
+
+    results: Path
+    folder: Path  # of the run directories
+    jobs: int = 1
+    launch: str = ""  # the command that starts a run; empty: fork this process
+    keep: bool = False  # keep the run directories
+
+    def start(self, run: Run) -> Started:
+        folder = self.folder / run.name.replace("/", "-").replace(" ", "_")
+        if not self.keep:  # left by a grid that was killed
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        target, args = child, (run, folder)
+        if self.launch:
+            script = str(HERE.parent / "lite_ppo.py")
+            command = [*shlex.split(self.launch), script, *arguments(run, folder)]
+            target, args = launched, (command, folder / "console")
+        process = mp.get_context("fork").Process(target=target, args=args)
+        process.start()
+        return Started(run, folder, process, time.time())
+
+    def finish(self, started: Started) -> str:
+        """Add the run to the results. Returns the failure in words, or nothing."""
+        started.process.join()
+        code, folder = started.process.exitcode, started.folder
+        if code:
+            console = folder / "console"
+            return f"{started.run.name}: exit code {code}, {last_line(console)} (log: {console})"
+        try:
+            row = record(started.run, folder, time.time() - started.began)
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            return f"{started.run.name}: the logs in {folder} cannot be read: {reason}"
+        with open(self.results, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if not self.keep:
+            shutil.rmtree(folder)
+        return ""
+
+    def run_all(self, runs: list[Run]) -> list[str]:
+        """Make the runs, `jobs` at a time. Returns the failures in words."""
+        waiting = runs[::-1]
+        running: dict[int, Started] = {}
+        failures = []
+        with tqdm(total=len(runs), unit="run", dynamic_ncols=True, smoothing=0) as bar:
+            while waiting or running:
+                while waiting and len(running) < self.jobs:
+                    started = self.start(waiting.pop())
+                    running[started.process.sentinel] = started
+                for sentinel in wait(list(running)):
+                    failure = self.finish(running.pop(sentinel))
+                    bar.update()
+                    if failure:
+                        failures.append(failure)
+                        tqdm.write(failure)
+        return failures
+
+
+# ---- the results file ----------------------------------------------------------------------------
 
 
 def load(results: Path) -> list[dict]:
-    """The newest line of each run."""
+    """The newest line of each run, with the flags that exist today."""
     rows = {}
-    for i, line in enumerate(results.read_text(encoding="utf-8").splitlines() if results.exists() else ()):
+    lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            raise SystemExit(f"{results}: line {i + 1} is not JSON; remove it") from None
+            raise SystemExit(f"{results}: line {number} is not JSON; remove it") from None
+        row["flags"] = current_flags(row["flags"])
         rows[row["environment"], row["setting"], row["seed"]] = row
     return list(rows.values())
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], metavar="QUESTION", help=", ".join(questions([], False)))
-    parser.add_argument("--reduced", action="store_true", help="one environment, two seeds, one seed of the sweep")
-    parser.add_argument("--results", type=Path, help="default: experiments/results/toy.jsonl, reduced.jsonl or models.jsonl")
-    parser.add_argument("--folder", type=Path, default=HERE.parent / "runs/experiments", help="of the run directories")
-    parser.add_argument("--keep", action="store_true", help="keep the run directories; otherwise only what the results hold stays (real models: always kept)")
-    parser.add_argument("--jobs", type=int, help="runs at a time; default: one per core, or 1 with --models")
-    parser.add_argument("--models", nargs="+", help="real models instead of the toy; the flags below go with it")
-    parser.add_argument("--train-data", nargs="+", help="as of lite_ppo.py, one environment each")
-    parser.add_argument("--eval-data", nargs="+", help="as of lite_ppo.py, all of them in each run")
-    choices = {name: flags for name, flags in SETTINGS.items() if name not in DEFINITIONS} | {f"preset {name}": flags for name, flags in METHODS.items()}
-    parser.add_argument("--settings", nargs="+", metavar="SETTING", help=f"default: {', '.join(ISOLATED)}; there are {', '.join(choices)}")
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 to 4")
-    parser.add_argument("--flags", help="of every run")
-    parser.add_argument("--launch", help='what starts a run, such as "torchrun --nproc-per-node 8"; default: this Python')
+def drop_cut_line(results: Path) -> None:
+    """Remove an incomplete last line. Its run is made again."""
+    if results.exists():
+        text = results.read_text(encoding="utf-8")
+        if not text.endswith("\n"):
+            results.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+
+
+def by_seed(run: Run) -> int:
+    return run.seed % 100  # the sweep has seeds from 101
+
+
+def complete(runs: list[Run], pool: Pool) -> list[str]:
+    """Make the runs that are not in the results. Returns the failures in words.
+
+    Seed by seed, so that half a grid is a whole grid with fewer seeds.
+    """
+    done = set()
+    for row in load(pool.results):
+        name = f"{row['environment']}/{row['setting']}/{row['seed']}"
+        done.add((name, row["flags"]))
+    runs = list(dict.fromkeys(sorted(runs, key=by_seed)))
+    missing = [run for run in runs if (run.name, current_flags(run.flags)) not in done]
+    print(f"{len(runs)} runs, {len(runs) - len(missing)} of them in {pool.results}")
+    return pool.run_all(missing)
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--only", nargs="+", default=[], metavar="QUESTION", help=", ".join(QUESTIONS))
+    add("--reduced", action="store_true", help="one environment of each kind, two seeds")
+    add("--results", type=Path, help="default: results/toy.jsonl, reduced.jsonl or models.jsonl")
+    add("--folder", type=Path, default=HERE.parent / "runs/experiments", help="run directories")
+    add("--keep", action="store_true", help="keep run directories (real models: always kept)")
+    add("--jobs", type=int, help="runs at a time; default: one per core, or 1 with --models")
+    add("--models", nargs="+", help="real models; the flags below need this one")
+    add("--train-data", nargs="+", help="as for lite_ppo.py; one environment each")
+    add("--eval-data", nargs="+", help="as for lite_ppo.py; all of them in each run")
+    settings = f"default: {', '.join(ISOLATED)}; all: {', '.join(MODEL_SETTINGS)}"
+    add("--settings", nargs="+", metavar="SETTING", help=settings)
+    add("--seeds", nargs="+", type=int, help="default: 0 to 4")
+    add("--flags", help="flags for every run")
+    add("--launch", help='starts a run, such as "torchrun --nproc-per-node 8"; default: python')
     args = parser.parse_args()
-    if unknown := set(args.only) - set(questions([], False)):
-        parser.error(f"--only {' '.join(sorted(unknown))}: there are {', '.join(questions([], False))}")
-    for flag in ("train_data", "eval_data", "settings", "seeds", "flags", "launch"):
-        if getattr(args, flag) is not None and not args.models:
-            parser.error(f"--{flag.replace('_', '-')} goes with --models; the toy's grid has its own")
-    if args.models and (args.only or args.reduced or not args.train_data or not args.eval_data):
-        parser.error("--models goes with --train-data and --eval-data, and without --only and --reduced")
-    args.results = args.results or HERE / "results" / ("models.jsonl" if args.models else "reduced.jsonl" if args.reduced else "toy.jsonl")
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    if args.results.exists() and not (text := args.results.read_text(encoding="utf-8")).endswith("\n"):
-        args.results.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")  # a line that was cut off: its run is made again
-    began, failed = time.time(), []
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jobs, launch = args.jobs or (1 if args.models else cores), (args.launch or sys.executable) if args.models else ""
+    if message := contradiction(args):
+        parser.error(message)
+    return args
+
+
+def contradiction(args: argparse.Namespace) -> str:
+    """What is wrong with the command line, or nothing."""
+    unknown = sorted(set(args.only) - set(QUESTIONS))
+    if unknown:
+        return f"--only {' '.join(unknown)}: the questions are {', '.join(QUESTIONS)}"
     if args.models:
-        if bad := [name for name in args.settings or () if name not in choices]:
-            parser.error(f"--settings {bad[0]!r}: real models take {', '.join(choices)}")
-        short = {model: Path(model).name for model in args.models}
-        short = {model: name if list(short.values()).count(name) == 1 else model for model, name in short.items()}  # a/final and b/final are two
-        names = {f"{data} {short[model]}": f"--model {model} --train-data {data} --eval-data {' '.join(args.eval_data)}" for data in args.train_data
-                 for model in args.models}  # fmt: skip
-        runs = [Run(e, s, seed, f"{names[e]} {args.flags or ''} {choices[s]}") for seed in args.seeds or range(5) for e in names
-                for s in args.settings or ISOLATED]  # fmt: skip
-        stages = [lambda rows: runs]
+        if args.only or args.reduced or not args.train_data or not args.eval_data:
+            return "--models needs --train-data and --eval-data, and excludes --only and --reduced"
+        for name in args.settings or ():
+            if name not in MODEL_SETTINGS:
+                return f"--settings {name!r}: real models take {', '.join(MODEL_SETTINGS)}"
+        return ""
+    for flag in ("train_data", "eval_data", "settings", "seeds", "flags", "launch"):
+        if getattr(args, flag) is not None:
+            return f"--{flag.replace('_', '-')} needs --models; the toy's grid sets its own"
+    return ""
+
+
+def short_names(models: list[str]) -> dict[str, str]:
+    """The last part of each path, or the whole path where two models share it."""
+    last = {model: Path(model).name for model in models}
+    shared = Counter(last.values())
+    return {model: name if shared[name] == 1 else model for model, name in last.items()}
+
+
+def model_runs(args: argparse.Namespace) -> list[Run]:
+    """The runs of real models, seed by seed."""
+    names = short_names(args.models)
+    runs = []
+    for seed in args.seeds or range(5):
+        for data in args.train_data:
+            for model in args.models:
+                eval_data = " ".join(args.eval_data)
+                flags = f"--model {model} --train-data {data} --eval-data {eval_data}"
+                for setting in args.settings or ISOLATED:
+                    line = f"{flags} {args.flags or ''} {MODEL_SETTINGS[setting]}"
+                    runs.append(Run(f"{data} {names[model]}", setting, seed, line))
+    return runs
+
+
+def stages(only: list[str]) -> list[list[str]]:
+    """Questions in two stages: the methods need the learning rates that the sweep finds."""
+    chosen = set(only or QUESTIONS)
+    if "methods" in chosen:
+        chosen.add("sweep")
+    first = [name for name in QUESTIONS if name in chosen and name != "methods"]
+    return [first, ["methods"]] if "methods" in chosen else [first]
+
+
+def run_toy(pool: Pool, only: list[str], reduced: bool) -> list[str]:
+    """The toy's grid. Returns the failures in words."""
+    grid = reduced_questions if reduced else questions
+    failures = []
+    for names in stages(only):
+        if any(" at " in failure for failure in failures):
+            break  # an incomplete sweep gives no rate
+        found = grid(load(pool.results))
+        runs = [run for name in names for run in found[name]]
+        for model in dict.fromkeys(flag_value(run, "--model") for run in runs):
+            toy.resolve_model(model)  # made once, before the forks
+        failures += complete(runs, pool)
+    return failures
+
+
+def flag_value(run: Run, flag: str) -> str:
+    words = run.flags.split()
+    return words[words.index(flag) + 1]
+
+
+def default_results(args: argparse.Namespace) -> Path:
+    if args.models:
+        return HERE / "results/models.jsonl"
+    return HERE / ("results/reduced.jsonl" if args.reduced else "results/toy.jsonl")
+
+
+def cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def main() -> int:
+    args = parse_arguments()
+    began = time.time()
+    results = args.results or default_results(args)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    drop_cut_line(results)
+    if args.models:
+        launch = args.launch or sys.executable
+        pool = Pool(results, args.folder, args.jobs or 1, launch, keep=True)
+        failures = complete(model_runs(args), pool)
     else:
-        chosen = args.only or list(questions([], False))
-        early = [n for n in questions([], False) if n != "methods" and (n in chosen or (n == "sweep" and "methods" in chosen))]  # gives them their rates
-        late = [name for name in chosen if name == "methods"]
-        stages = [lambda rows, names=names: [run for name in names for run in questions(rows, args.reduced)[name]] for names in (early, late)]
-        for run in stages[0]([]):  # the models, made one at a time before anything else
-            toy.resolve_model(next(flag for flag in run.flags.split() if flag.startswith("toy:")))
-    for stage in stages:
-        if any(" at " in name for name in failed):  # no rate without the whole sweep
-            break
-        rows = load(args.results)
-        done = {(f"{row['environment']}/{row['setting']}/{row['seed']}", row["flags"]) for row in rows}
-        runs = list(dict.fromkeys(sorted(stage(rows), key=lambda run: run.seed % 100)))  # seed by seed: half a grid is a whole one with fewer seeds
-        missing = [run for run in runs if (run.name, run.flags) not in done]
-        print(f"{len(runs)} runs, {len(runs) - len(missing)} of them in {args.results}")
-        failed += run_all(missing, args.results, args.folder, jobs, launch, args.keep or bool(args.models))
-    print(f"{time.time() - began:.0f} s; {args.results}; figures: python experiments/plot.py --results {args.results}")
-    print(*failed, sep="\n", end="\n" * bool(failed))
-    return 1 if failed else 0
+        preload()
+        pool = Pool(results, args.folder, args.jobs or cores(), keep=args.keep)
+        failures = run_toy(pool, args.only, args.reduced)
+    print(f"{time.time() - began:.0f} s; results in {results}")
+    print(f"figures: python experiments/plot.py --results {results}")
+    for failure in failures:
+        print(failure)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What keeps a run from hanging or getting lost: named phases with seconds and memory, a watchdog, signals, errors."""
+"""What keeps a run from hanging or getting lost: memory, a watchdog, signals, descriptions of errors."""
 
 import atexit
 import contextlib
@@ -6,84 +6,21 @@ import ctypes
 import faulthandler
 import gc
 import os
-import resource
 import secrets
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections import defaultdict
 from datetime import timedelta
 from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
 
-
-class RunError(Exception):
-    """The run cannot go on: printed in one message without a traceback; exit code 1. Checkpoints stay as they are."""
-
-
-class Stopped(Exception):
-    """SIGTERM or SIGINT has asked the run to end; exit code 128 + signal."""
-
-
-# ---- phases ----------------------------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Seconds and peak memory (GiB) of named phases: `with clock("rollout"): ...`
-
-    The class itself knows what this process is doing right now; the watchdog and every message about a failure ask it.
-    """
-
-    step, phase, ticks, since = 0, "start", 0, time.monotonic()  # of the process
-
-    def __init__(self):
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.memory: dict[str, float] = defaultdict(float)
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str):
-        outer, Clock.phase, start = Clock.phase, phase, time.perf_counter()
-        Clock.tick()
-        reset_peak_memory()
-        yield  # an exception leaves the name of its phase behind, for the message
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds[phase] += time.perf_counter() - start
-        self.memory[phase] = max(self.memory[phase], peak_memory())
-        Clock.phase = outer
-        Clock.tick()
-
-    @classmethod
-    def tick(cls) -> None:
-        """The process has got on. Every rank ticks at the same places, so that ticks tell who is behind."""
-        cls.ticks, cls.since = cls.ticks + 1, time.monotonic()
-
-    @classmethod
-    def where(cls) -> str:
-        return f"step {cls.step}, {cls.phase}"
-
-
-def reset_peak_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):  # Linux only; elsewhere the peak is that of the whole run
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
-
-
-def peak_memory() -> float:
-    """GiB: what torch held of this rank's GPU; without one, what this process held of the machine's memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    with contextlib.suppress(OSError):
-        with open("/proc/self/status") as file:
-            return int(next(line for line in file if line.startswith("VmHWM")).split()[1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+from support.clock import Clock
+from support.errors import RunError, Stopped
+from support.util import gather
 
 
 def tidy() -> None:
@@ -243,15 +180,30 @@ def install_signals(held: contextlib.ExitStack) -> None:
         held.callback(signal.signal, number, signal.signal(number, note))
 
 
-def interruptible(work: Callable[[], Any], otherwise: Any) -> Any:
-    """work(), or `otherwise` as soon as a signal arrives or if one has arrived. Only for work without collectives.
+def interruptible(work: Callable, *args) -> Any:
+    """work(*args), or nothing ([]) as soon as a signal arrives. Only for work without collectives.
 
-    The caller then agrees with the other ranks on Signals.received, for the signal may have reached only one of them.
+    The signal may have reached one rank only: leave_together() comes next.
     """
     try:
         Signals.interruptible = True
-        return otherwise if Signals.received else work()
+        return [] if Signals.received else work(*args)
     except Stopped:
-        return otherwise
+        return []
     finally:
         Signals.interruptible = False
+
+
+def leave_together() -> None:
+    """Ends the run on every rank if a signal has reached any of them."""
+    if any(gather([Signals.received])):
+        raise Stopped
+
+
+def check_failures(responses: list, most: float) -> None:
+    failures = [r.failure for r in responses if r.failure]
+    if len(failures) > most * len(responses):
+        raise RunError(
+            f"{len(failures)} of {len(responses)} responses got no verdict, more than --max-failed-rewards {most:g}; "
+            f"most often: {max(set(failures), key=failures.count)}"
+        )

@@ -1,4 +1,4 @@
-"""Rewards and the processes that run them: python -m pytest test_rewards.py"""
+"""Rewards and the processes that run them."""
 
 import os
 import signal
@@ -7,14 +7,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-import data
-import rewards
 from benchmarks.fuzz_rewards import fuzz
+from support import data, rewards
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 REWARD = r"""
 import os, signal, subprocess, sys, threading, time
 class Mute(Exception):
@@ -76,10 +76,26 @@ def trouble(tmp_path):
     return f"{tmp_path}/my_reward.py:trouble"
 
 
+class Pairs(rewards.Grader):
+    """A grader that returns (score, reason) and keeps the seconds."""
+
+    def __call__(self, responses, rows):
+        grades = super().__call__(responses, rows)
+        self.seconds = [seconds for *_, seconds in grades]
+        return [(score, reason) for score, reason, _ in grades]
+
+
 @pytest.fixture
 def graders():
     made = []
-    yield lambda *args, **kwargs: made.append(rewards.Grader(*args, **kwargs)) or made[-1]
+
+
+    def make(reward, timeout, workers, memory_gib=0.0):
+        limits = dict(reward_timeout=timeout, reward_workers=workers, reward_memory_gib=memory_gib)
+        made.append(Pairs(SimpleNamespace(reward=reward, **limits)))
+        return made[-1]
+
+    yield make
     for grader in made:
         grader.close()
 
@@ -153,7 +169,8 @@ def test_no_text_reaches_eval(tmp_path):
 
 
 def test_the_laws_hold_for_300_hostile_answers():
-    figures, broken = fuzz(300, timeout=2, workers=2, seed=1, batch=100)
+    figures = fuzz(300, timeout=2, workers=2, seed=1)
+    broken = figures["broken"]
     assert [law for law in broken if not law.startswith(("memory", "leak") if sys.platform != "linux" else "memory")] == [], figures
 
 
@@ -216,7 +233,7 @@ def test_signals_to_everyone_cost_no_verdict(trouble, graders, capfd):
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 @pytest.mark.parametrize("kind", ["idle", "computes", "family"])
 def test_no_process_outlives_a_killed_trainer(kind, trouble, tmp_path):
-    script = f"import rewards; g = rewards.Grader({trouble!r}, 600, 2); g(['fine'], [{{'answer': 1}}]); print(g.judge.pid, flush=True)\n"
+    script = f"from types import SimpleNamespace; from support import rewards; g = rewards.Grader(SimpleNamespace(reward={trouble!r}, reward_timeout=600, reward_workers=2, reward_memory_gib=0)); g(['fine'], [{{'answer': 1}}]); print(g.judge.pid, flush=True)\n"
     script += {"idle": "input()", "computes": "g(['computes'], [{}])", "family": f"g(['family {tmp_path}/pids'], [{{}}])"}[kind]
     trainer = subprocess.Popen([sys.executable, "-c", script], cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     judge = int(trainer.stdout.readline())

@@ -8,122 +8,16 @@ trainer, as a stream of (name, full tensor); no engine reads them from disk.
 """
 
 import functools
-import importlib.util
-import json
-import math
 import os
-import sys
-from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Iterator, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import toy
-from data import UserError
-
-# One of these built for another torch breaks the import of transformers and vLLM; text needs none of them.
-for _name in ("torchvision", "torchaudio", "torchcodec"):
-    try:
-        if importlib.util.find_spec(_name):
-            __import__(_name)
-    except (ImportError, OSError, RuntimeError):
-        sys.modules[_name] = None  # "not installed", for everyone who asks
-
-
-# ---- model folders ---------------------------------------------------------------------------------------------------
-
-
-def resolve_model(name: str) -> str:
-    """The folder of a model: given, made (toy), or downloaded by the first rank of each machine."""
-    from huggingface_hub import snapshot_download
-
-    def get(**kwargs) -> str:
-        if name.split(":")[0] == "toy" or Path(name).is_dir():
-            return toy.resolve_model(name)
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"], **kwargs)
-
-    try:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            get()
-        torch.distributed.barrier()
-        return get(local_files_only=True)
-    except (ValueError, OSError) as error:
-        raise UserError(f"--model {name}: neither a folder nor a model that can be had: {error}") from None
-
-
-def load_tokenizer(path: str, max_tokens: int) -> tuple[Any, list[int]]:
-    """The tokenizer and every id that ends a response. What this trainer would get wrong about a model ends here."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-    try:
-        config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-        eos = [tokenizer.eos_token_id]  # base models disagree with themselves about which it is, so take all
-        if (Path(path) / "generation_config.json").exists():
-            eos = np.append(eos, GenerationConfig.from_pretrained(path).eos_token_id).tolist()
-        speaks = len(tokenizer("1+1").input_ids) > 0  # without its files transformers makes one that knows no word
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # a damaged file shows itself in many ways
-        raise UserError(f"--model {path}: does not load: {type(error).__name__}: {error}") from None
-    unsupported = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling", "quantization_config") if getattr(config, n, None)]
-    kinds = getattr(config, "layer_types", None)
-    unsupported += [kind for kind in kinds or [] if kind != "full_attention"][:1]
-    unsupported += ["sliding_window"] if kinds is None and getattr(config, "sliding_window", None) else []
-    limit = getattr(config, "max_position_embeddings", math.inf)
-    for problem, text in {
-        not list(Path(path).glob("*.safetensors")): "holds no *.safetensors, and weights in another format are not read",
-        not speaks: "its tokenizer makes no tokens of a text; is tokenizer.json missing?",
-        tokenizer.vocab_size > config.vocab_size: f"its tokenizer has {tokenizer.vocab_size} tokens, its config.json {config.vocab_size}",
-        tokenizer.chat_template is None: "its tokenizer has no chat template; put one into the folder as chat_template.jinja",
-        set(eos) == {None}: "neither its tokenizer nor its generation_config.json names an end-of-sequence token",
-        bool(unsupported): f"{unsupported} would change its log-probs and are not supported",
-        not hasattr(model.base_model, "layers"): f"{type(model).__name__} has no list of layers, which are sharded one by one; Qwen, Llama and Mistral have",
-        max_tokens > limit: f"takes {limit} tokens, fewer than --max-prompt-tokens plus --max-new-tokens, {max_tokens}",
-    }.items():
-        if problem:
-            raise UserError(f"--model {path}: {text}")
-    stored = stored_shapes(path)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not (config.tie_word_embeddings and name == "lm_head.weight")}
-    if bad := [f"{name} {stored.get(name, 'missing')} instead of {shape}" for name, shape in wanted.items() if stored.get(name) != shape]:
-        raise UserError(f"--model {path}: {len(bad)} of its {len(wanted)} tensors are not as its config.json says, such as {bad[0]}; download or copy it again")
-    return tokenizer, sorted({i for i in eos if i is not None})
-
-
-def stored_shapes(path: str) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of all tensors in a folder of safetensors, from the headers; UserError for a file that was cut off."""
-    shapes = {}
-    for file in sorted(Path(path).glob("*.safetensors")):
-        size = file.stat().st_size
-        try:
-            with open(file, "rb") as stream:
-                length = int.from_bytes(stream.read(8), "little")
-                tensors = {name: tensor for name, tensor in json.loads(stream.read(min(size, length))).items() if name != "__metadata__"}
-            if (whole := 8 + length + max(tensor["data_offsets"][1] for tensor in tensors.values())) != size:
-                raise ValueError(f"{size} bytes instead of {whole}")
-            shapes |= {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"--model {path}: {file.name} is no whole safetensors file ({type(error).__name__}: {error}); download or copy it again") from None
-    return shapes
-
-
-def build_model(path: str, dtype: torch.dtype, attention: str, device: torch.device, prepare: Callable = lambda model: None):
-    """A model with memory but without weights: built on the meta device, `prepare`d (sharded) there, then given memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype, attn_implementation=attention)
-    prepare(model)
-    model.to_empty(device=device)
-    model.tie_weights()
-    for module in model.modules():
-        if module._non_persistent_buffers_set:
-            model._init_weights(module)  # rotary frequencies: no checkpoint holds them
-    return model
-
-
-# ---- engines ---------------------------------------------------------------------------------------------------------
+from support.clock import clock
+from support.errors import UserError
+from support.models import build_model
 
 
 class Sampling(NamedTuple):
@@ -294,7 +188,6 @@ class VllmSampler:
             load_format="dummy",  # the weights come from the trainer
             dtype=str(dtype).removeprefix("torch."),
             distributed_executor_backend="external_launcher",  # torchrun's ranks: an engine each, or one per tensor-parallel group
-            tensor_parallel_size=cfg.tensor_parallel_size,
             seed=cfg.seed,
             max_model_len=room,
             max_num_seqs=cfg.max_num_seqs,
@@ -356,3 +249,8 @@ def choose_sampler(wanted: str) -> tuple[str, str]:
     if problem and wanted == "vllm":
         raise UserError(f"--sampler vllm: {problem}; install vLLM for this machine or use --sampler transformers")
     return ("transformers", problem) if problem else ("vllm", "installed, and fit for this machine")
+
+
+@clock("start")
+def make(kind: str, *args):
+    return {"vllm": VllmSampler, "transformers": TransformersSampler}[kind](*args)

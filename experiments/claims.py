@@ -1,0 +1,325 @@
+"""What the paper claims, what the toy shows, and the signs that each verdict rests on."""
+
+from dataclasses import dataclass, field
+from typing import Callable
+
+from effects import (
+    ACCURACY,
+    AT_BUDGET,
+    ENTROPY,
+    LENGTH,
+    LOOPING,
+    TRUNCATED,
+    TRUNCATED_LATE,
+    Measure,
+    effect,
+    show,
+    sign,
+)
+from figures import clipped_counts, token_shares
+from grid import DEFINITIONS, LIMITS, LONG, PAIR, STEPS, where
+from tables import Results
+
+BASE = where("base")
+ALIGNED = where("aligned")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """An effect, with the sign that the text claims: "+", "-", or "0" for no difference seen."""
+
+    label: str
+    sign: str
+    setting: str
+    baseline: str
+    environments: list[str]
+    measure: Measure = ACCURACY
+    other: bool = False  # from other base models
+
+    def values(self, results: Results) -> list[float]:
+        rows = results.other if self.other else results.rows
+        return effect(rows, self.setting, self.baseline, self.environments, self.measure)
+
+    def text(self, results: Results) -> str:
+        return f"{self.label} {show(self.values(results), self.measure.digits)}"
+
+    def holds(self, results: Results) -> bool:
+        return sign(self.values(results)) == self.sign
+
+
+def against_lite_ppo(label: str, expected: str, setting: str, environments, measure=ACCURACY):
+    return Finding(label, expected, setting, "lite_ppo", environments, measure)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A line of the main table. The verdict rests on all findings; the first ones are shown."""
+
+    table: str  # the heading of the table with all numbers
+    paper: str
+    shown: list[Finding]
+    carries_over: str
+    guideline: str
+    unshown: list[Finding] = field(default_factory=list)
+    text: Callable[[Results], str] | None = None  # instead of the findings
+
+    def check(self, results: Results) -> None:
+        for finding in [*self.shown, *self.unshown]:
+            if not finding.holds(results):
+                raise ValueError(
+                    f"claims.py: the verdict {self.carries_over!r} expects the sign "
+                    f"{finding.sign!r} of {finding.text(results)!r}; rewrite the verdict"
+                )
+
+    def measured(self, results: Results) -> str:
+        if self.text:
+            return self.text(results)
+        return "; ".join(finding.text(results) for finding in self.shown)
+
+
+def clipped_tokens(results: Results) -> str:
+    counts = [clipped_counts(results.rows, env, "lite_ppo") for env in STEPS]
+    known, low = token_shares(counts)
+    return (
+        f"{known:.0f} % of the clipped tokens are digits or `\\boxed{{`; "
+        f"{low:.0f} % are clipped on the low side"
+    )
+
+
+# ---- the claims ----------------------------------------------------------------------------------
+
+NO_STD_ELSEWHERE = Finding("no std, aligned", "+", "no std", "lite_ppo", ALIGNED, other=True)
+
+SCALE = Claim(
+    "Reward scale and batch mean",
+    "1. Group normalisation is safe at any reward scale. "
+    "Batch normalisation is fragile with {0, 1}",
+    [
+        Finding(
+            "{-1, 1} instead of {0, 1} with batch mean",
+            "0",
+            "batch mean, -1/1",
+            "batch mean",
+            PAIR[:1],
+        ),
+        against_lite_ppo("batch mean instead of group mean", "0", "batch mean", where()),
+    ],
+    "No. By the formulas it cannot: [why](#why-the-reward-scale-cannot-matter)",
+    "Use any normalisation. The reward scale matters only without one",
+)
+NO_STD = Claim(
+    "No std on concentrated rewards",
+    "2. Concentrated rewards: leave the std out. Hard data: no difference",
+    [
+        against_lite_ppo("no std, easy aligned", "0", "no std", where("easy", "aligned")),
+        against_lite_ppo("all aligned", "0", "no std", ALIGNED),
+        against_lite_ppo("hard", "0", "no std", where("hard")),
+    ],
+    "Not reproduced. An earlier set of base models showed a gain on aligned; these do not",
+    "The paper: `--advantage-std none` where most groups are all right or all wrong. "
+    "Here no difference is seen there",
+    [NO_STD_ELSEWHERE],
+)
+GROUP_STD = Claim(
+    "Group std instead of batch std",
+    "3. Group mean with batch std beats group std on base models",
+    [
+        against_lite_ppo("group std, base", "0", "group std", BASE),
+        against_lite_ppo("aligned", "0", "group std", ALIGNED),
+    ],
+    "Not reproduced: no difference on either",
+    "Keep the default. It costs nothing against group std, "
+    "and does not inflate groups that are nearly all right or all wrong",
+)
+CLIP_HIGHER = Claim(
+    "Clip-higher, ten seeds",
+    "4. Clip-higher slows entropy collapse and helps aligned models. "
+    "On base models it is neutral to harmful",
+    [
+        against_lite_ppo("0.28, base", "0", "clip 0.28", STEPS[:1]),
+        against_lite_ppo("its entropy", "0", "clip 0.28", STEPS[:1], ENTROPY),
+        against_lite_ppo("aligned", "0", "clip 0.28", STEPS[1:]),
+        against_lite_ppo("its entropy", "0", "clip 0.28", STEPS[1:], ENTROPY),
+    ],
+    "Not reproduced: neither accuracy nor entropy changes. On aligned the bound can hardly act: "
+    "entropy is so low that few ratios leave the interval",
+    "Look at `policy/clip_high` first. Where almost nothing is clipped, the bound changes nothing",
+)
+CLIPPED = Claim(
+    "Clipped tokens, all seeds",
+    "5. At 0.20 mostly connectives are clipped, at 0.28 function words",
+    [],
+    "Cannot be asked: the toy has no such words",
+    "`clipped.jsonl` of every run lists its clipped tokens",
+    text=clipped_tokens,
+)
+BEST_BOUND = Claim(
+    "Clip-higher, ten seeds",
+    "6. Aligned models: 4B is best at 0.32, 8B at 0.28",
+    [
+        against_lite_ppo("0.24, aligned", "0", "clip 0.24", STEPS[1:]),
+        against_lite_ppo("0.32, aligned", "0", "clip 0.32", STEPS[1:]),
+        against_lite_ppo("0.24, base", "0", "clip 0.24", STEPS[:1]),
+        against_lite_ppo("0.32, base", "0", "clip 0.32", STEPS[:1]),
+    ],
+    "Not reproduced",
+    "As for 4",
+)
+LEVEL = Claim(
+    "Loss level against token level",
+    "7. Token level suits base models, sequence level aligned ones",
+    [
+        against_lite_ppo(
+            "sequence level where some responses loop, base", "0", "sequence level", LONG[:1]
+        ),
+        against_lite_ppo("aligned", "0", "sequence level", LONG[1:]),
+        against_lite_ppo(
+            "its truncated responses, base", "+", "sequence level", LONG[:1], TRUNCATED
+        ),
+        against_lite_ppo("aligned", "+", "sequence level", LONG[1:], TRUNCATED),
+    ],
+    "Not in accuracy. Token level unlearns long failures sooner",
+    "Token level where long failures should disappear soon, otherwise either",
+    [
+        against_lite_ppo("equal lengths, base", "0", "sequence level", BASE),
+        against_lite_ppo("equal lengths, aligned", "0", "sequence level", ALIGNED),
+    ],
+)
+OVERLONG = Claim(
+    "Overlong filter and soft punishment",
+    "8. The overlong filter helps at a tight limit and little at a loose one. "
+    "Without it, more of the truncated responses loop",
+    [
+        against_lite_ppo("filter, tight limit", "-", "overlong filter", LIMITS[:1]),
+        against_lite_ppo("middle", "0", "overlong filter", LIMITS[1:2]),
+        against_lite_ppo("loose", "0", "overlong filter", LIMITS[2:]),
+        against_lite_ppo(
+            "truncated at the end, loose", "+", "overlong filter", LIMITS[2:], TRUNCATED_LATE
+        ),
+        against_lite_ppo("looping share, middle", "-", "overlong filter", LIMITS[1:2], LOOPING),
+        against_lite_ppo("soft punishment, tight", "-", "soft punishment", LIMITS[:1]),
+    ],
+    "Accuracy: no. It hurts where correct answers are cut off and shows no gain elsewhere. "
+    "More responses stay truncated, because filtered responses are never unlearned. "
+    "Loops: yes, they are a smaller share of the truncated responses",
+    "Raise the limit first. Use the filter only while you watch `response/truncated`. Use the "
+    "punishment only if its zone begins above the length of correct answers: at the tight limit "
+    "it covers them, and responses became too short to be correct",
+    [
+        against_lite_ppo("truncated, tight", "+", "overlong filter", LIMITS[:1], TRUNCATED_LATE),
+        against_lite_ppo("truncated, middle", "+", "overlong filter", LIMITS[1:2], TRUNCATED_LATE),
+        against_lite_ppo("length, tight", "-", "soft punishment", LIMITS[:1], LENGTH),
+    ],
+)
+RIVALS = Claim(
+    "Methods against Lite PPO",
+    "Lite PPO beats GRPO and DAPO on base models",
+    [
+        Finding("GRPO against Lite PPO, base", "0", "tuned grpo", "tuned lite_ppo", PAIR[:1]),
+        Finding("DAPO", "0", "tuned dapo", "tuned lite_ppo", PAIR[:1]),
+        Finding(
+            "DAPO at equal responses", "-", "tuned dapo", "tuned lite_ppo", PAIR[:1], AT_BUDGET
+        ),
+        Finding(
+            "DAPO without resampling",
+            "0",
+            "tuned dapo, no resampling",
+            "tuned lite_ppo",
+            PAIR[:1],
+        ),
+    ],
+    "In part. No difference from GRPO, nor from DAPO at equal steps. "
+    "Ahead of DAPO at equal responses, because resampling costs responses "
+    "([figure](../experiments/figures/responses.png))",
+    "Sweep the learning rate of each method separately, with more than three seeds",
+)
+BOTH_TRICKS = Claim(
+    "Each trick against neither",
+    "The two tricks together make the difference",
+    [
+        Finding("Lite PPO against neither trick, base", "-", "lite_ppo", "neither trick", BASE),
+        Finding("aligned", "-", "lite_ppo", "neither trick", ALIGNED),
+    ],
+    "No, the opposite: [see below](#what-stands-out)",
+    "Compare with `--preset reinforce` before anything else",
+    [
+        Finding("normalisation alone, base", "-", "sequence level", "neither trick", BASE),
+        Finding("normalisation alone, aligned", "-", "sequence level", "neither trick", ALIGNED),
+        Finding("token level alone, base", "0", "no normalisation", "neither trick", BASE),
+        Finding("token level alone, aligned", "0", "no normalisation", "neither trick", ALIGNED),
+    ],
+)
+CLAIMS = [
+    SCALE,
+    NO_STD,
+    GROUP_STD,
+    CLIP_HIGHER,
+    CLIPPED,
+    BEST_BOUND,
+    LEVEL,
+    OVERLONG,
+    RIVALS,
+    BOTH_TRICKS,
+]
+
+
+# ---- sentences of docs/findings.md ---------------------------------------------------------------
+
+
+def method(expected: str, name: str, environment: str, measure=ACCURACY, other=False) -> Finding:
+    """A method at its own learning rate against Lite PPO."""
+    label = f"{name}, {environment}"
+    settings = (f"tuned {name}", "tuned lite_ppo")
+    return Finding(label, expected, *settings, [environment], measure, other)
+
+
+PLAIN = "no normalisation"
+RIVAL_NAMES = ("grpo", "dapo", "rloo")
+STATEMENTS = {  # sentence -> the findings that it rests on
+    "Training without normalisation reaches a higher accuracy than Lite PPO.": [
+        against_lite_ppo(PLAIN, "+", PLAIN, where())
+    ],
+    "`reinforce` is the only method that beats Lite PPO.": [
+        *(method("+", "reinforce", env) for env in PAIR),
+        *(method("0", name, env) for name in RIVAL_NAMES for env in PAIR),
+        method("-", "dr_grpo", PAIR[0]),
+        method("0", "dr_grpo", PAIR[1]),
+    ],
+    "With {-1, 1} rewards, which do push down, it still leads.": [
+        against_lite_ppo("-1/1", "+", f"{PLAIN}, -1/1", PAIR[:1])
+    ],
+    "Entropy falls, and pass@4 rises less than accuracy.": [
+        against_lite_ppo("entropy", "-", PLAIN, BASE, ENTROPY)
+    ],
+    "One of these intervals excludes zero: leaving out the std costs a little.": [
+        against_lite_ppo("no std", "-", "no std", where()),
+        against_lite_ppo("group std", "0", "group std", where()),
+        against_lite_ppo("batch mean", "0", "batch mean", where()),
+        against_lite_ppo("sequence level", "0", "sequence level", where()),
+        against_lite_ppo("clip 0.28", "0", "clip 0.28", where()),
+    ],
+    "There, leaving out the std shows no difference.": [
+        Finding("no std", "0", "no std", "lite_ppo", where(), other=True)
+    ],
+    "Training without normalisation is better there too.": [
+        Finding(PLAIN, "+", PLAIN, "lite_ppo", where(), other=True)
+    ],
+    "Group std on base and sequence level on base show no difference.": [
+        Finding("group std", "0", "group std", "lite_ppo", BASE, other=True),
+        Finding("sequence level", "0", "sequence level", "lite_ppo", BASE, other=True),
+    ],
+    "No std gains on aligned models there, but not here.": [
+        NO_STD_ELSEWHERE,
+        against_lite_ppo("no std, aligned", "0", "no std", ALIGNED),
+    ],
+    "GRPO and DAPO came out ahead of it.": [
+        method("+", name, PAIR[0], other=True) for name in ("grpo", "dapo")
+    ],
+    "With all methods at one rate, GRPO and DAPO show no difference from Lite PPO.": [
+        Finding(name, "0", f"tuned {name}", "common lite_ppo", PAIR[:1], other=True)
+        for name in ("grpo", "dapo")
+    ],
+    "No definition shows a difference on the toy.": [
+        against_lite_ppo(name, "0", name, PAIR[:1]) for name in DEFINITIONS
+    ],
+}

@@ -1,0 +1,700 @@
+"""The experiments: documents match the results, results match the grid, statistics are right."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENTS = ROOT / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+
+import appendix  # noqa: E402
+import claims  # noqa: E402
+import definitions  # noqa: E402
+import drawing  # noqa: E402
+import effects  # noqa: E402
+import figures  # noqa: E402
+import findings  # noqa: E402
+import grid  # noqa: E402
+import plot  # noqa: E402
+import run  # noqa: E402
+import tables  # noqa: E402
+
+import lite_ppo  # noqa: E402
+from support import launch, toy  # noqa: E402
+
+STORED = plot.toy_results()
+FINDINGS = (ROOT / "docs/findings.md").read_text(encoding="utf-8")
+
+
+# ---- documents match the results -----------------------------------------------------------------
+
+
+def test_results_md_is_what_the_results_generate():
+    assert tables.results_page(STORED) == (EXPERIMENTS / "results.md").read_text(encoding="utf-8")
+
+
+def test_findings_md_holds_what_the_results_generate():
+    sections = findings.generated(STORED)
+    assert findings.with_sections(FINDINGS, sections) == FINDINGS
+    assert "not run" not in FINDINGS and "nan" not in FINDINGS and "<!--" not in FINDINGS
+    assert FINDINGS.count("+8.0") >= 1  # a wrong number and a lost section are noticed
+    assert findings.with_sections(FINDINGS.replace("+8.0", "+9.0"), sections) == FINDINGS
+    with pytest.raises(ValueError, match="## Measured"):
+        findings.with_sections(FINDINGS.replace("## Measured", "## Other"), sections)
+
+
+def prose(page: str) -> str:
+    """The hand-written part of findings.md, on one line."""
+    written = re.sub(r"^## (Measured|Tables)\n.*?(?=^## |\Z)", "", page, flags=re.M | re.S)
+    return " ".join(written.split())
+
+
+@pytest.mark.parametrize("sentence", claims.STATEMENTS)
+def test_sentences_of_findings_md_agree_with_the_results(sentence):
+    assert sentence in prose(FINDINGS)
+    for finding in claims.STATEMENTS[sentence]:
+        assert finding.holds(STORED), finding.text(STORED)
+
+
+def test_other_sentences_of_findings_md_agree_with_the_results():
+    accuracy = claims.against_lite_ppo("", "", claims.PLAIN, grid.where())
+    pass_at_4 = claims.against_lite_ppo("", "", claims.PLAIN, grid.where(), effects.PASS_AT_4)
+    means = [effects.interval(found.values(STORED)).mean for found in (pass_at_4, accuracy)]
+    assert 0 < means[0] < means[1]
+    assert max(map(abs, findings.others_range(STORED))) <= 2.5
+    assert "within 2.5 points of zero" in prose(FINDINGS)
+
+
+def test_prose_of_findings_md_holds_no_measured_number():
+    assert re.findall(r"[+-]\d+\.\d|\[[-+]?\d", prose(FINDINGS)) == []
+
+
+def test_a_verdict_that_the_results_contradict_stops_the_page():
+    lines = []
+    for row in STORED.lines:
+        if row["setting"] == "overlong filter":  # hurts at the tight limit; made to help there
+            row = row | {"final": row["final"] | {"accuracy": 0.9 + row["seed"] / 1000}}
+        lines.append(row)
+    changed = tables.Results(STORED.source, lines, STORED.other_lines)
+    with pytest.raises(ValueError, match="filter, tight limit"):
+        findings.generated(changed)
+
+
+def headings(path: Path) -> list[str]:
+    return [findings.anchor(title) for title in re.findall(r"^#+ (.*)", path.read_text(), re.M)]
+
+
+@pytest.mark.parametrize(
+    "name", ["docs/findings.md", "experiments/README.md", "experiments/results.md"]
+)
+def test_links_lead_somewhere(name):
+    page = ROOT / name
+    links = re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8"))
+    assert links
+    for path, anchor in links:
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), path
+        if anchor:
+            assert anchor in headings(target), anchor
+
+
+def test_every_figure_is_drawn_by_the_code_and_used_by_a_document():
+    drawn = {path.stem for path in (EXPERIMENTS / "figures").glob("*.png")}
+    assert drawn == set(figures.FIGURES)
+    for name in drawn:
+        assert f"experiments/figures/{name}.png" in FINDINGS
+    curves = {path.stem for path in (EXPERIMENTS / "figures/appendix").glob("*.png")}
+    assert curves == set(tables.QUESTIONS)
+
+
+# ---- results match the grid ----------------------------------------------------------------------
+
+
+def key(r) -> tuple[str, str, int]:
+    return r.environment, r.setting, r.seed
+
+
+def test_every_run_of_the_grid_is_in_the_results_with_its_flags():
+    stored = {
+        (row["environment"], row["setting"], row["seed"]): row["flags"] for row in STORED.lines
+    }
+    runs = [r for question in grid.questions(STORED.lines).values() for r in question]
+    assert {key(r): r.flags for r in runs} == stored
+    for r in grid.cells(grid.GRID, grid.ISOLATED, range(5)):
+        assert STORED.other[r.environment, r.setting][r.seed]["flags"] == r.flags
+
+
+def test_every_cell_has_five_seeds():
+    for question in grid.questions(STORED.lines).values():
+        cells = [(r.environment, r.setting) for r in question if " at " not in r.setting]
+        assert all(cells.count(cell) >= 5 for cell in cells)
+
+
+def test_retired_flags_of_stored_lines_are_ignored():
+    stored = "--steps 20 --samples-per-step 0 --model m --advantage-eps 1e-4"
+    assert grid.current_flags(stored) == "--steps 20 --model m"
+    text = (EXPERIMENTS / "results/toy.jsonl").read_text()
+    assert all(flag in text for flag in grid.RETIRED_FLAGS)
+    for row in STORED.lines:
+        assert not any(flag in row["flags"] for flag in grid.RETIRED_FLAGS)
+
+
+def test_the_reduced_grid_is_a_part_of_the_grid_with_98_runs():
+    # A method whose rate differs from the common one adds two runs.
+    reduced = {key(r) for runs in grid.reduced_questions([]).values() for r in runs}
+    whole = {key(r) for runs in grid.questions(STORED.lines).values() for r in runs}
+    assert len(reduced) == 98 and reduced <= whole
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+NO_NORMALISATION = dict(advantage_mean="none", advantage_std="none")
+CHANGES = {  # what each setting changes in the configuration
+    "lite_ppo": {},
+    "group std": dict(advantage_std="group"),
+    "no std": dict(advantage_std="none"),
+    "batch mean": dict(advantage_mean="batch"),
+    "no normalisation": NO_NORMALISATION,
+    "sequence level": dict(loss_level="sequence"),
+    "constant level": dict(loss_level="constant"),
+    "neither trick": dict(NO_NORMALISATION, loss_level="sequence"),
+    "clip 0.24": dict(clip_high=0.24),
+    "clip 0.28": dict(clip_high=0.28),
+    "clip 0.32": dict(clip_high=0.32),
+    "overlong filter": dict(overlong_filter=True),
+    "soft punishment": dict(overlong_buffer=0.2),
+    "lite_ppo, -1/1": dict(reward_low=-1),
+    "group std, -1/1": dict(advantage_std="group", reward_low=-1),
+    "batch mean, -1/1": dict(advantage_mean="batch", reward_low=-1),
+    "no normalisation, -1/1": dict(NO_NORMALISATION, reward_low=-1),
+    "std: ddof 0": {},
+    "std: within groups": {},
+    "std: by tokens": {},
+    "std: per rank": {},
+    "eps 1e-4": {},
+}
+
+
+def config_of(setting: str) -> dict:
+    (made,) = grid.cells(grid.PAIR[:1], [setting], [1])
+    args = run.arguments(made, Path("x"))
+    return vars(launch.parse_config(lite_ppo.Config, lite_ppo.PRESETS, args))
+
+
+def test_every_setting_is_listed():
+    assert set(CHANGES) == set(grid.SETTINGS)
+
+
+@pytest.mark.parametrize("setting", CHANGES)
+def test_a_setting_changes_one_thing(setting):
+    plain = config_of("lite_ppo")
+    assert (plain["preset"], plain["minibatches"], plain["seed"]) == ("lite_ppo", 4, 1)
+    assert plain["model"] == "toy:small:base"
+    found = config_of(setting)
+    assert {k: value for k, value in found.items() if value != plain[k]} == CHANGES[setting]
+
+
+REWARDS = torch.tensor([[1.0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
+
+
+def test_definitions_of_the_std_by_hand():
+    ones = torch.ones(3, 4)
+    three = REWARDS[:3]  # 4 of 12 correct
+    found = {
+        name: make(three, ones)
+        for name, make in definitions.DEFINITIONS.items()
+        if name != "std: per rank"
+    }
+    assert found["std: ddof 0"] == pytest.approx(0.471405 + 1e-6, abs=1e-6)
+    assert found["std: within groups"] == pytest.approx(0.353553 + 1e-6, abs=1e-6)
+    assert found["std: by tokens"] == pytest.approx(0.353553 + 1e-6, abs=1e-6)
+    assert found["eps 1e-4"] == pytest.approx(0.492366 + 1e-4, abs=1e-6)
+    per_rank = definitions.per_rank(REWARDS, torch.ones(4, 4))
+    assert per_rank[:, 0].tolist() == pytest.approx([0.5, 0, 0.5, 0], abs=2e-6)
+
+
+def test_the_std_by_tokens_counts_long_responses_more():
+    lengths = torch.ones(3, 4)
+    lengths[0, 3] = 7  # a wrong response of 7 tokens, deviation 0.75, beside 11 of one token
+    squares = 7 * 0.75**2 + 3 * 0.25**2 + 0.75**2 + 3 * 0.25**2
+    expected = math.sqrt(squares / 18)
+    assert definitions.by_tokens(REWARDS[:3], lengths) == pytest.approx(expected, abs=2e-6)
+
+
+def test_the_best_rate_has_the_highest_mean():
+    accuracies = [("2.5e-4", 0.5), ("2.5e-4", 0.7), ("5e-4", 0.9), ("5e-4", 0.5), ("1e-3", 0.69)]
+    rows = [dict(setting=f"grpo at {r}", final=dict(accuracy=a)) for r, a in accuracies]
+    assert grid.best_rate(rows, "grpo") == "5e-4"
+    assert grid.best_rate(rows[:2] + rows[4:], "grpo") == "1e-3"
+
+
+def test_the_lowest_of_equal_rates_is_chosen():
+    rows = [dict(setting=f"rloo at {rate}", final=dict(accuracy=0.5)) for rate in grid.RATES]
+    assert grid.best_rate(rows, "rloo") == grid.RATES[0]
+
+
+# ---- statistics ----------------------------------------------------------------------------------
+
+
+def line(setting: str, seed: int, accuracy: float, environment: str = "e") -> dict:
+    return dict(environment=environment, setting=setting, seed=seed, final=dict(accuracy=accuracy))
+
+
+def test_intervals_by_hand():
+    half = 2.776 * math.sqrt(2.5 / 5)
+    assert effects.interval([1, 2, 3, 4, 5]) == pytest.approx((3, 3 - half, 3 + half))
+    assert effects.interval([1, 3]) == pytest.approx((2, 2 - 12.706, 2 + 12.706))
+    assert math.isnan(effects.interval([1]).low)
+
+
+@pytest.mark.parametrize(
+    "freedom, value", [(9, 2.2622), (10, 2.2281), (19, 2.0930), (30, 2.0423), (120, 1.9799)]
+)
+def test_students_t_is_that_of_the_printed_tables(freedom, value):
+    assert effects.t975(freedom) == pytest.approx(value, abs=3e-4)
+
+
+def test_an_effect_is_printed_with_its_interval():
+    assert effects.show([1, 2, 3, 4, 5]) == "+3.0 [+1.0, +5.0]"
+    assert effects.show([0.5, 0.5], 2, signed=False) == "0.50 [0.50, 0.50]"
+    assert effects.show([]) == "not run" and effects.show([1]) == "+1.0 [one seed]"
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(-1, 1)), min_size=1, max_size=8)
+)
+def test_an_effect_is_paired_by_seed_and_antisymmetric(triples):
+    lines, harder = [], []
+    for seed, (a, b, difficulty) in enumerate(triples):
+        lines += [line("a", seed, a), line("b", seed, b)]
+        harder += [line("a", seed, a - difficulty), line("b", seed, b - difficulty)]
+    rows = effects.by_cell(lines)
+    found = effects.effect(rows, "a", "b", ["e", "absent"])
+    assert found == pytest.approx([100 * (a - b) for a, b, _ in triples])
+    swapped = [-value for value in effects.effect(rows, "b", "a", ["e"])]
+    assert found == pytest.approx(swapped, abs=1e-9)
+    shifted = effects.effect(effects.by_cell(harder), "a", "b", ["e"])
+    assert found == pytest.approx(shifted, abs=1e-9)
+
+
+def test_an_effect_over_environments_is_averaged_seed_by_seed_without_unpaired_seeds():
+    e = [line("a", 0, 0.5), line("a", 1, 0.9), line("b", 0, 0.4), line("b", 1, 0.5)]
+    f = [line("a", 0, 0.7, "f"), line("b", 0, 0.3, "f"), line("b", 1, 0.2, "f")]
+    rows = effects.by_cell(e + f)
+    assert effects.effect(rows, "a", "b", ["e"]) == pytest.approx([10, 40])
+    assert effects.effect(rows, "a", "b", ["e", "f"]) == pytest.approx([25])
+    assert effects.level(rows, "b", ["e", "f"]) == pytest.approx([35, 35])
+
+
+ROW = {
+    "curve": {
+        "rollout/responses": [64, 128, 64, 256],
+        "response/truncated": [0.5, 0.25, 0, 0],
+        "response/looping": [1, 0, 0, 0],
+    },
+    "evaluation": {"step": [0, 2, 3, 4], "eval/toy/accuracy": [0.1, 0.2, 0.3, 0.4]},
+}
+
+
+def test_accuracy_at_equal_responses_by_hand():
+    assert effects.cost(ROW).tolist() == [0, 192, 256, 512]
+    budgets = [0, 96, 192, 224, 256, 384, 512]
+    found = [effects.accuracy_at(ROW, budget) for budget in budgets]
+    assert found == pytest.approx([0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4])
+
+
+def test_the_looping_share_is_that_of_truncated_responses():
+    assert effects.looping_share(ROW) == pytest.approx(2 / 3)
+
+
+# ---- titles --------------------------------------------------------------------------------------
+
+GAIN, LOSS, NOTHING = [2.0, 2.1, 2.2], [-2.0, -2.1, -2.2], [-1.0, 0.0, 1.0]
+
+
+def test_signs_come_from_the_interval():
+    found = [effects.sign(values) for values in (GAIN, LOSS, NOTHING, [1.0], [])]
+    assert found == ["+", "-", "0", "?", "?"]
+
+
+def test_a_verdict_names_the_effects_that_are_clear():
+    assert effects.verdict({"a": NOTHING, "b": NOTHING}) == "no difference seen"
+    text = effects.verdict({"a": GAIN, "b": NOTHING, "c": LOSS})
+    assert text == "a +2.1, c -2.1 points; others: no difference seen"
+    assert effects.verdict({"a": GAIN}) == "a +2.1 points"
+    assert effects.verdict({"a": [1.0]}) == "one seed, no interval"
+    assert effects.verdict({"a": []}) == "not run"
+
+
+def test_titles_follow_the_results():
+    both = {drawing.BASE: [LOSS, NOTHING, LOSS], drawing.ALIGNED: [LOSS, NOTHING, LOSS]}
+    labels = ["x", "y", "z"]
+    expected = "On the toy, normalisation costs accuracy; token level shows no difference"
+    assert figures.parts_answer(both, labels) == expected
+    reverse = {drawing.BASE: [GAIN, NOTHING, LOSS], drawing.ALIGNED: [LOSS, NOTHING, LOSS]}
+    assert figures.parts_answer(reverse, labels).startswith("Against neither trick: x, base +2.1")
+    assert drawing.does(GAIN) == "gains 2.1 points" and drawing.does(LOSS) == "costs 2.1 points"
+    assert drawing.does(NOTHING) == "shows no difference"
+    methods = {"A": {drawing.BASE: GAIN}, "B": {drawing.BASE: LOSS}, "C": {drawing.BASE: NOTHING}}
+    title = "Better than Lite PPO: A; worse: B; others: no difference seen"
+    assert figures.methods_answer(methods) == title
+
+
+def test_the_title_of_the_overview_names_large_effects_only():
+    means = {"a": [5.0, 5.1, 5.2], "b": NOTHING, "c": [0.4, 0.5, 0.6]}
+    expected = "A +5.1 points; every other switch between +0.0 and +0.5"
+    assert figures.overview_answer(means) == expected
+    assert figures.overview_answer({"b": NOTHING}) == "Every switch between +0.0 and +0.0"
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+def full(setting: str, seed: int, environment: str, steps: int = 4, accuracy: float = 0.5) -> dict:
+    """A line as run.py writes it."""
+    curve = {name: [0.25 + 0.01 * seed] * steps for name in run.CURVES}
+    curve |= {"rollout/responses": [64] * steps, "reward/std": [0.0] * steps}
+    evaluation = {"step": [0, steps]}
+    for name in ("toy", "other"):
+        for metric in ("accuracy", "pass_at_k"):
+            evaluation[f"eval/{name}/{metric}"] = [0.2, accuracy]
+    final = dict.fromkeys(run.LATE, 0.1)
+    final |= dict(accuracy=accuracy, accuracy_before=0.2, reward=0.3)
+    return dict(
+        environment=environment,
+        setting=setting,
+        seed=seed,
+        seconds=1.0,
+        date="2026-01-01",
+        flags="",
+        config=dict(max_new_tokens=56),
+        final=final,
+        curve=curve,
+        evaluation=evaluation,
+        clipped=dict(low=[["1", 3]], high=[]),
+    )
+
+
+def draw(folder: Path, monkeypatch, rows: list[dict]) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "some.jsonl").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["plot.py", "--results", str(folder / "some.jsonl")])
+    plot.main()
+
+
+def test_figures_of_other_results_stand_beside_them(tmp_path, monkeypatch):
+    # One seed, a switch without baseline, rewards that never differ, a run of another length.
+    first, second = grid.GRID[:2]
+    rows = [full("lite_ppo", 0, first), full("group std", 0, first), full("no std", 0, second)]
+    rows.append(full("lite_ppo", 1, first, steps=2))
+    rows += [full("overlong filter", seed, grid.LIMITS[0]) for seed in range(2)]
+    documents = [EXPERIMENTS / "results.md", ROOT / "docs/findings.md"]
+    before = [path.read_bytes() for path in documents]
+    draw(tmp_path, monkeypatch, rows)
+    page = (tmp_path / "some/results.md").read_text()
+    assert "`results/some.jsonl`" in page
+    assert f"| {first} | +0.0 [one seed] | not run |" in page
+    assert (tmp_path / "some/overview.png").exists()
+    for link in re.findall(r"\((appendix/[^)]+)\)", page):
+        assert (tmp_path / "some" / link).exists()
+    assert [path.read_bytes() for path in documents] == before
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_every_figure_can_be_drawn_from_two_seeds_and_has_an_answer(name):
+    lines = [row for row in STORED.lines if row["seed"] < 2]
+    figure = figures.FIGURES[name](effects.by_cell(lines))
+    assert len(figure.get_suptitle()) > 20 and "nan" not in figure.get_suptitle()
+    assert len(figure.axes) <= 2 or name == "overview"
+
+
+def test_figures_of_real_models_take_any_path_and_any_number_of_settings(
+    tmp_path, monkeypatch, capsys
+):
+    settings = [*grid.ISOLATED[::-1], "clip 0.24", "preset grpo"]  # the baseline comes late
+    rows = []
+    for setting in settings:
+        for seed in range(12):
+            accuracy = 0.3 + 0.2 * (setting == "lite_ppo") + 0.001 * seed
+            rows.append(full(setting, seed, "/data/a b.jsonl Qwen3-4B", accuracy=accuracy))
+    draw(tmp_path, monkeypatch, rows)
+    drawn = {str(path.relative_to(tmp_path)) for path in (tmp_path / "some").rglob("*.png")}
+    assert drawn == {"some/overview.png", "some/appendix/_data_a_b.jsonl_Qwen3-4B.png"}
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 9
+    assert all("against lite_ppo: -20.0 [-20.0, -20.0]" in text for text in lines)
+
+
+def test_missing_results_are_named(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="no results; experiments/run.py makes them"):
+        draw(tmp_path, monkeypatch, [])
+
+
+def test_a_pair_of_reward_scales_has_one_colour():
+    settings = ["lite_ppo", "lite_ppo, -1/1", "group std", "group std, -1/1"]
+    looks = [appendix.look(i, setting, settings) for i, setting in enumerate(settings)]
+    first, second = drawing.COLOURS[:2]
+    assert [look["color"] for look in looks] == [first, first, second, second]
+    assert looks[0]["linestyle"] != looks[1]["linestyle"]
+
+
+def test_twenty_settings_look_different():
+    names = [str(i) for i in range(20)]
+    looks = [appendix.look(i, name, names) for i, name in enumerate(names)]
+    assert len({(look["color"], str(look["linestyle"])) for look in looks}) == 20
+
+
+@pytest.mark.parametrize(
+    "setting, label",
+    [
+        ("tuned dr_grpo", "Dr. GRPO"),
+        ("common lite_ppo", "Lite PPO, common rate"),
+        ("tuned dapo, no resampling", "DAPO, no resampling"),
+        ("lite_ppo, -1/1", "Lite PPO, -1/1"),
+        ("preset grpo", "GRPO"),
+        ("no std", "no std"),
+    ],
+)
+def test_settings_are_named_as_in_the_field(setting, label):
+    assert effects.label_of(setting) == label
+
+
+# ---- the runner ----------------------------------------------------------------------------------
+
+TINY = """--sampler transformers --reward exact --reward-workers 1 --prompts-per-step 4
+    --group-size 4 --steps 2 --minibatches 2 --lr 1e-3 --max-prompt-tokens 32 --max-new-tokens 6
+    --eval-size 2 --eval-samples 4 --no-activation-checkpointing"""
+DATA = "--model model --train-data data.jsonl --eval-data data.jsonl"
+
+
+def save_tiny_model(folder: Path) -> None:
+    """A Qwen3 model with random weights and the toy's tokenizer."""
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = toy.make_tokenizer()
+    ends = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config = Qwen3Config(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=32,
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        **ends,
+    )
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(**ends)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("experiments")
+    save_tiny_model(folder / "model")
+    problems = [dict(problem=f"{n}+1", answer=str(n + 1)) for n in range(1, 9)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
+    return folder
+
+
+def start(*command: str, folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=folder, timeout=300
+    )
+
+
+def test_real_models_run_once_and_failed_runs_are_repeated(tiny):
+    models = "--models model --train-data data.jsonl --eval-data data.jsonl --seeds 3"
+    files = "--results r.jsonl --folder runs --jobs 2"
+    words = [*models.split(), *files.split(), "--settings", "lite_ppo", "group std", "--flags"]
+    command = [str(EXPERIMENTS / "run.py"), *words]
+    results = tiny / "r.jsonl"
+
+    broken = start(*command, TINY + " --lr -1", folder=tiny)
+    assert broken.returncode == 1 and "--lr -1.0: must be at least 0" in broken.stdout
+    assert run.load(results) == []
+
+    assert start(*command, TINY, folder=tiny).returncode == 0
+    rows = {row["setting"]: row for row in run.load(results)}  # in any order: two ran side by side
+    assert set(rows) == {"lite_ppo", "group std"}
+    assert "advantage_std" not in rows["lite_ppo"]["config"]
+    assert rows["group std"]["config"]["advantage_std"] == "group"
+    for row in rows.values():
+        assert row["environment"] == "data.jsonl model" and row["seed"] == 3
+        assert row["config"]["seed"] == 3 and row["evaluation"]["step"] == [0, 2]
+        assert all(len(row["curve"][name]) == 2 for name in run.CURVES)
+
+    results.write_text(results.read_text() + '{"cut off')
+    again = start(*command, TINY, folder=tiny)
+    assert again.returncode == 0 and "2 runs, 2 of them in r.jsonl" in again.stdout
+    for setting in ("lite_ppo", "group_std"):  # run directories of real models are kept
+        assert (tiny / f"runs/data.jsonl_model-{setting}-3/final/config.json").exists()
+
+
+class Recorder:
+    """Stands in for Pool.run_all: keeps the runs, and returns the failures that it was given."""
+
+    def __init__(self, *failures: str):
+        self.failures = list(failures)
+        self.calls: list[list] = []
+
+    def __call__(self, runs: list) -> list[str]:
+        self.calls.append(runs)
+        return self.failures
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(run.Pool, "run_all", recorder)
+    return recorder
+
+
+def call_run(monkeypatch, folder: Path, *flags: str) -> int:
+    """run.py with these flags."""
+    monkeypatch.setattr(sys, "argv", ["run.py", "--results", str(folder / "r.jsonl"), *flags])
+    return run.main()
+
+
+MODEL_DATA = "--train-data a.jsonl --eval-data b.jsonl c.jsonl --seeds 7".split()
+
+
+def test_models_with_the_same_name_are_named_by_their_path(recorder, tmp_path, monkeypatch):
+    models = ["--models", "runs/a/final", "runs/b/final", "Qwen/Qwen3-4B"]
+    settings = ["--settings", "lite_ppo", "preset dapo"]
+    assert call_run(monkeypatch, tmp_path, *models, *MODEL_DATA, *settings) == 0
+    (runs,) = recorder.calls
+    names = [f"a.jsonl {name}" for name in ("runs/a/final", "runs/b/final", "Qwen3-4B")]
+    assert [r.environment for r in runs] == [name for name in names for _ in range(2)]
+    flags = "--model runs/a/final --train-data a.jsonl --eval-data b.jsonl c.jsonl --preset dapo"
+    assert runs[1].flags == flags and runs[1].seed == 7
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--launch", "torchrun"], "--launch needs --models"),
+        (["--seeds", "1"], "--seeds needs --models"),
+        (["--only", "clap"], "--only clap: the questions are sweep"),
+        (["--models", "m", *MODEL_DATA, "--reduced"], "excludes --only and --reduced"),
+        (["--models", "m"], "needs --train-data"),
+        (["--models", "m", *MODEL_DATA, "--settings", "std: ddof 0"], "real models take"),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(tmp_path, monkeypatch, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        call_run(monkeypatch, tmp_path, *flags)
+    assert message in capsys.readouterr().err
+
+
+def test_an_incomplete_sweep_gives_no_rate(recorder, tmp_path, monkeypatch):
+    recorder.failures = ["medium small base/grpo at 5e-4/101: exit code 1"]
+    monkeypatch.setattr(run.toy, "resolve_model", str)
+    assert call_run(monkeypatch, tmp_path, "--only", "methods") == 1
+    (sweep,) = recorder.calls
+    assert all(" at " in r.setting for r in sweep)
+
+
+def exit_without_logs(made, folder):
+    sys.exit(0)
+
+
+def test_a_run_with_unreadable_logs_does_not_stop_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "child", exit_without_logs)
+    pool = run.Pool(tmp_path / "r.jsonl", tmp_path, jobs=2)
+    failures = pool.run_all(grid.cells(grid.PAIR[:1], ["lite_ppo"], [1, 2]))
+    assert len(failures) == 2 and all("cannot be read" in text for text in failures)
+    assert run.load(tmp_path / "r.jsonl") == []
+
+
+SEVEN = """
+def seven(response, row):
+    return float(sum(map(ord, response)) % 3 == 0)
+"""
+FORKS = """
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, EXPERIMENTS)
+import grid
+import run
+
+make = run.lite_ppo.make_minibatches
+
+
+def keep(responses, advantages, step, cfg):
+    scores = torch.tensor([r.score for r in responses]).view(advantages.shape)
+    torch.save((scores, advantages), Path(cfg.output_dir) / f"step{step}.pt")
+    return make(responses, advantages, step, cfg)
+
+
+run.lite_ppo.make_minibatches = keep
+grid.ENVIRONMENTS["tiny"] = FLAGS
+runs = grid.cells(["tiny"], ["lite_ppo", "std: within groups", "eps 1e-4"], [5])
+assert run.Pool(Path("f.jsonl"), Path("forks"), jobs=2, keep=True).run_all(runs) == []
+"""
+
+
+def batch_std(rewards, lengths):
+    return rewards.std() + definitions.EPS
+
+
+DIVISORS = {
+    "lite_ppo": batch_std,
+    "std:_within_groups": definitions.within_groups,
+    "eps_1e-4": definitions.larger_eps,
+}
+
+
+@pytest.fixture(scope="module")
+def forks(tiny) -> Path:
+    (tiny / "seven.py").write_text(SEVEN)
+    flags = f"{TINY} {DATA} --reward {tiny}/seven.py:seven"
+    script = FORKS.replace("FLAGS", repr(flags)).replace("EXPERIMENTS", repr(str(EXPERIMENTS)))
+    done = start("-c", script, folder=tiny)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    plain = f"{flags} --seed 5 --output-dir plain"
+    done = start(str(ROOT / "lite_ppo.py"), *plain.split(), folder=tiny)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return tiny
+
+
+@pytest.mark.parametrize("setting", DIVISORS)
+def test_a_definition_of_the_std_divides_the_advantage(forks, setting):
+    for step in (1, 2):
+        rewards, advantages = torch.load(forks / f"forks/tiny-{setting}-5/step{step}.pt")
+        centred = rewards - rewards.mean(1, keepdim=True)
+        assert rewards.std() > 0
+        assert torch.allclose(
+            advantages, centred / DIVISORS[setting](rewards, None), atol=1e-6, rtol=1e-6
+        )
+
+
+def samples(path: Path) -> list[dict]:
+    """samples.jsonl without its times."""
+    rows = [json.loads(text) for text in path.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def test_a_fork_is_an_ordinary_run(forks):
+    plain = samples(forks / "plain/samples.jsonl")
+    assert plain and plain == samples(forks / "forks/tiny-lite_ppo-5/samples.jsonl")
+    rows = {row["setting"]: row for row in run.load(forks / "f.jsonl")}
+    assert "advantage" not in rows["lite_ppo"] and rows["eps 1e-4"]["advantage"] == "eps 1e-4"

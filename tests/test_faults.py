@@ -1,0 +1,605 @@
+"""Faults: signals, ranks that die or hang, full disks, numbers that are not finite, bad rewards.
+
+The faults of other processes are in faulty.py.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+import lite_ppo
+import tricks
+from lite_ppo import Problem, Response, make_micro_batch
+from support import launch, run, samplers
+from support.checkpoints import checkpoints
+from support.clock import clock
+from support.errors import RunError, Stopped
+from support.logs import Log
+from support.metrics import NOT_FINITE, check_gap
+from support.samplers import TransformersSampler
+from tests.test_run import rollout_scores
+from tests.world import CPU, HERE, command_line, config, read
+
+MEASURED = ("time/", "perf/", "memory/")  # metrics that differ from run to run
+
+
+def steps_logged(folder: Path) -> list[int]:
+    return [row["step"] for row in read(folder / "metrics.jsonl")]
+
+
+def checkpoint_names(folder: Path) -> list[str]:
+    return [path.name for path in checkpoints(folder)]
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+PYTHON = dict(cwd=HERE, env=os.environ | {"PYTHONPATH": str(HERE)}, text=True)
+PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run_two_ranks(fault: str, flags: list[str], restarts: int = 0) -> subprocess.CompletedProcess:
+    """tests/faulty.py under torchrun."""
+    launcher = f"-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts {restarts}"
+    command = [sys.executable, *launcher.split(), "-m", "tests.faulty", fault, *flags]
+    return subprocess.run(command, capture_output=True, timeout=200, **PYTHON)
+
+
+# ---- a rank that fails, hangs or dies ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fault,messages",
+    [
+        ("hung", ["rank 1, step 1, rollout: no progress for --timeout-minutes"]),
+        ("dead", ["another rank has ended", "exitcode  : 7"]),
+        ("failing", ["rank 1, step 1, step: ZeroDivisionError"]),
+        ("memory", ["rank 1, step 1, update: out of memory; a lower --micro-batch-tokens"]),
+        ("overflow", ["no finite gradient in 3 rollouts in a row", "every loss is finite"]),
+    ],
+)
+def test_fault_of_a_rank_ends_the_run_with_its_name(fault, messages, root):
+    minutes = "0.4" if fault == "hung" else "5"
+    flags = {"--output-dir": f"{root}/{fault}", "--timeout-minutes": minutes}
+    result = run_two_ranks(fault, command_line(root, **flags))
+    assert result.returncode == 1, result.stderr[-6000:]
+    for message in messages:
+        assert message in result.stderr, result.stderr[-6000:]
+
+
+def test_launcher_restarts_a_run_from_its_checkpoint(root):
+    folder = root / "restarted"
+    flags = {"--output-dir": str(folder), "--steps": "4", "--save-every": "1"}
+    result = run_two_ranks("dead once", command_line(root, **flags), restarts=1)
+    assert result.returncode == 0, result.stderr[-6000:]
+    resumed = "resumed from .*/restarted/checkpoint-[12], [12] of 4 steps done"
+    assert re.search(resumed, result.stdout), result.stdout
+    assert steps_logged(folder) == list(range(5))
+    assert (folder / "final").is_dir()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start_frozen(rank: int, port: int, flags: list[str]) -> subprocess.Popen:
+    """One of two ranks, without torchrun, which waits 30 s before it kills a frozen process."""
+    ranks = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    command = [sys.executable, "-m", "tests.faulty", "frozen", *flags]
+    options = PYTHON | dict(env=PYTHON["env"] | ranks | address)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, **options)
+
+
+def test_frozen_rank_is_named_by_the_other(root):
+    flags = {"--output-dir": f"{root}/frozen", "--timeout-minutes": "0.4"}
+    port = free_port()
+    processes = [start_frozen(rank, port, command_line(root, **flags)) for rank in (0, 1)]
+    try:
+        _, error = processes[0].communicate(timeout=100)
+        assert processes[0].returncode == 1
+        assert "no progress for --timeout-minutes 0.4; rank 1 is behind, in step" in error, error
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+WATCHED = """
+import threading
+from datetime import timedelta
+import torch.distributed as dist
+from support import guard
+from support.clock import Clock
+
+class SlowStore:
+    store = dist.HashStore()
+    asked = threading.Event()
+
+    def set(self, key, value):
+        self.asked.set()
+        for _ in range(300):
+            try:
+                self.store.wait(["never"], timedelta(milliseconds=1))
+            except dist.DistError:
+                pass
+
+Clock.since -= 9999  # before the watchdog starts, so it does not count
+guard.watch(60, 0, 2, SlowStore())
+SlowStore.asked.wait()
+"""
+
+
+def test_watchdog_does_not_abort_a_process_that_ends():
+    """A daemon thread in a C++ call would, when Python exits: exit code -6."""
+    command = [sys.executable, "-c", WATCHED]
+    result = subprocess.run(command, capture_output=True, **PYTHON)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+
+
+# ---- signals -------------------------------------------------------------------------------------
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+
+
+def wait_for_steps(process: subprocess.Popen, folder: Path, count: int) -> None:
+    log = folder / "metrics.jsonl"
+    while process.poll() is None:
+        if log.exists() and len(read(log)) >= count:
+            return
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal_ends_a_run_with_a_checkpoint(number, root):
+    folder = root / f"signal-{number}"
+    flags = {"--output-dir": str(folder), "--steps": "500", "--eval-every": "1"}
+    command = [sys.executable, "lite_ppo.py"]
+    process = subprocess.Popen([*command, *command_line(root, **flags)], **PIPES, **PYTHON)
+    wait_for_steps(process, folder, 3)
+    process.send_signal(number)
+    printed, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, error
+    assert "Traceback" not in error, error
+
+    (checkpoint,) = checkpoints(folder)
+    state = json.loads((checkpoint / "state.json").read_text())
+    step = state["step"]
+    assert step >= 2
+    assert f"ended by a signal after step {step}" in printed
+    logged = step + 1 if state["pending"] is None else step  # step 0 is logged, too
+    assert steps_logged(folder) == list(range(logged))
+
+    flags["--steps"] = str(step + 1)
+    again = [*command, *command_line(root, **flags)]
+    result = subprocess.run(again, capture_output=True, **PYTHON)
+    assert result.returncode == 0, result.stderr
+    assert f"resumed from {checkpoint}" in result.stdout
+    assert steps_logged(folder) == list(range(step + 2))
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal_before_training_ends_the_process_at_once(number, root):
+    command = [sys.executable, "-m", "tests.faulty", "slow start", *command_line(root)]
+    process = subprocess.Popen(command, **PIPES, **PYTHON)
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(number)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == -number, error
+    assert "Traceback" not in error, error
+
+
+class InterruptedEvaluation:
+    """evaluate(), but a signal arrives in one step: before the work, or after it."""
+
+    def __init__(self, step: int, after_work: bool):
+        self.evaluate = lite_ppo.evaluate
+        self.step = step
+        self.after_work = after_work
+
+    def __call__(self, *args):
+        interrupted = clock.step == self.step
+        if interrupted and not self.after_work:
+            raise Stopped
+        metrics = self.evaluate(*args)
+        if interrupted:
+            raise Stopped
+        return metrics
+
+
+def test_signal_during_an_evaluation_loses_nothing(root, monkeypatch):
+    options = dict(steps=4, save_every=2, eval_every=1)
+    expected = root / "calm"
+    lite_ppo.train(config(root, output_dir=str(expected), **options))
+
+    folder = root / "stopped"
+    cfg = config(root, output_dir=str(folder), **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(lite_ppo, "evaluate", InterruptedEvaluation(2, after_work=False))
+        for _ in range(2):  # the second time while it repeats the evaluation
+            with pytest.raises(Stopped):
+                lite_ppo.train(cfg)
+            state = json.loads((folder / "checkpoint-2/state.json").read_text())
+            assert state["pending"]["policy/grad_norm"] > 0
+            assert steps_logged(folder) == [0, 1]
+    lite_ppo.train(cfg)
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        assert read(folder / file, *MEASURED) == read(expected / file, *MEASURED)
+    assert checkpoint_names(folder) == ["checkpoint-2", "checkpoint-4"]
+    assert not list(folder.glob("partial*"))
+
+
+# ---- disks and logs that cannot be written -------------------------------------------------------
+
+
+class FullDiskWriter(dcp.HuggingFaceStorageWriter):
+    """Finds no space left for the checkpoints of these steps."""
+
+    steps: list[int] = []
+
+    def write_data(self, *args):
+        if any(f"partial-{step}" in str(self.path) for step in self.steps):
+            raise OSError(28, "No space left on device")
+        return super().write_data(*args)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_checkpoint_that_cannot_be_written_leaves_the_others(background, root, monkeypatch, capfd):
+    folder = root / f"full-{background}"
+    options = dict(output_dir=str(folder), save_every=1, background_save=background)
+    monkeypatch.setattr(dcp, "HuggingFaceStorageWriter", FullDiskWriter)
+
+    monkeypatch.setattr(FullDiskWriter, "steps", [2])
+    lite_ppo.train(config(root, steps=3, **options))
+    printed = capfd.readouterr().out
+    assert "warning: checkpoint-2 could not be written" in printed
+    assert "No space left" in printed
+    assert "newest whole one: checkpoint-1" in printed
+    assert checkpoint_names(folder) == ["checkpoint-1", "checkpoint-3"]
+
+    monkeypatch.setattr(FullDiskWriter, "steps", [4, 5])
+    message = (
+        "checkpoint-5 could not be written .*No space left.*"
+        "newest whole one: checkpoint-3.*Make room"
+    )
+    with pytest.raises(RunError, match=message):
+        lite_ppo.train(config(root, steps=6, **options))
+
+    monkeypatch.setattr(FullDiskWriter, "steps", [])
+    lite_ppo.train(config(root, steps=6, **options))
+    assert steps_logged(folder) == list(range(7))
+    assert not list(folder.glob("partial*"))
+
+
+ROOM = 400_000  # bytes: enough for the logs, too little for a checkpoint
+
+
+@contextlib.contextmanager
+def little_room(folder: Path):
+    """A disk that is nearly full; where none can be mounted, a limit on the size of a file."""
+    if os.path.ismount(folder):
+        with ballast(folder):
+            yield
+    else:
+        with file_size_limit():
+            yield
+
+
+@contextlib.contextmanager
+def ballast(folder: Path):
+    free = shutil.disk_usage(folder).free
+    (folder / "ballast").write_bytes(bytes(free - ROOM))
+    yield
+    (folder / "ballast").unlink()
+
+
+@contextlib.contextmanager
+def file_size_limit():
+    """Python ignores the signal SIGXFSZ, so that the write fails."""
+    limit, highest = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, highest))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, highest))
+
+
+@contextlib.contextmanager
+def no_permission(folder: Path):
+    """Nothing can be created in the folder, not even by root."""
+    with contextlib.ExitStack() as held:
+        if os.geteuid() == 0:
+            held.enter_context(without_dac_override())
+        folder.chmod(0o555)
+        try:
+            yield
+        finally:
+            folder.chmod(0o755)
+
+
+CAPABILITY_VERSION_3 = 0x20080522
+CAP_DAC_OVERRIDE = 1  # the right to ignore the permissions of files
+
+
+@contextlib.contextmanager
+def without_dac_override():
+    """Drop the capability for this thread and those that it starts."""
+    libc = ctypes.CDLL(None)
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
+    before = (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, before) == 0
+    less = (ctypes.c_uint32 * 6)(*before)
+    less[0] &= ~(1 << CAP_DAC_OVERRIDE)  # effective capabilities
+    assert libc.capset(header, less) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, before) == 0
+
+
+@pytest.fixture
+def disk(tmp_path) -> Path:
+    """A folder on a file system of 16 MiB of its own, where one can be mounted."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(tmp_path)]
+    mounted = False
+    if shutil.which("mount"):
+        mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    yield tmp_path
+    if mounted:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+class TroubledLog(Log):
+    """Trouble with the disk begins at step 2, before its metrics are written."""
+
+    held: contextlib.ExitStack
+    trouble: contextlib.AbstractContextManager
+
+    def metrics(self, step, values):
+        if step == 2:
+            self.held.enter_context(self.trouble)
+        return super().metrics(step, values)
+
+
+REASONS = {  # trouble with a disk: a pattern of its messages
+    little_room: "No space left on device|File too large|os error 28|os error 27",
+    no_permission: "Permission denied",
+}
+
+
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("trouble", REASONS)
+def test_full_or_closed_disk_leaves_earlier_checkpoints(
+    trouble, background, root, disk, monkeypatch, capfd
+):
+    reason = REASONS[trouble]
+    options = dict(save_every=1, steps=4, background_save=background)
+    cfg = config(root, output_dir=str(disk), **options)
+    message = (
+        f"(?s)checkpoint-3 could not be written.*({reason}).*"
+        "newest whole one: checkpoint-1.*Make room or give write"
+    )
+    with monkeypatch.context() as patch, contextlib.ExitStack() as held:
+        patch.setattr(TroubledLog, "held", held, raising=False)
+        patch.setattr(TroubledLog, "trouble", trouble(disk), raising=False)
+        patch.setattr(run, "Log", TroubledLog)
+        with pytest.raises(RunError, match=message):
+            lite_ppo.train(cfg)
+    printed = capfd.readouterr().out
+    assert "warning: checkpoint-2 could not be written" in printed
+    assert re.search(reason, printed), printed
+    assert checkpoint_names(disk) == ["checkpoint-1"]
+
+    lite_ppo.train(cfg)
+    assert f"resumed from {disk}/checkpoint-1, 1 of 4" in capfd.readouterr().out
+    assert not list(disk.glob("partial*"))
+    assert steps_logged(disk) == list(range(5))
+    assert checkpoint_names(disk) == ["checkpoint-3", "checkpoint-4"]
+
+
+class FullLog(Log):
+    """Every write to metrics.jsonl fails from step 2 on."""
+
+    def metrics(self, step, values):
+        if step == 2:
+            (self.folder / "metrics.jsonl").rename(self.folder / "kept")
+            (self.folder / "metrics.jsonl").symlink_to("/dev/full")
+        return super().metrics(step, values)
+
+
+def do_nothing(*args) -> None:
+    pass
+
+
+def test_log_that_cannot_be_written_is_one_message(root, monkeypatch, capfd):
+    folder = root / "logless"
+    flags = {"--output-dir": str(folder), "--steps": "3", "--save-every": "1"}
+    monkeypatch.setattr(launch, "connect", do_nothing)  # the ranks are connected already
+    monkeypatch.setattr(dist, "destroy_process_group", do_nothing)
+    monkeypatch.setattr(sys, "argv", ["lite_ppo.py", *command_line(root, **flags)])
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "Log", FullLog)
+        assert lite_ppo.main() == 1
+    error = capfd.readouterr().err
+    assert "Traceback" not in error
+    assert "error: rank 0, step 2, " in error
+    assert (
+        "No space left on device; checkpoints are as they were, "
+        "and the same command goes on from the newest one"
+    ) in error
+
+    (folder / "kept").rename(folder / "metrics.jsonl")
+    assert lite_ppo.main() == 0
+    assert f"resumed from {folder}/checkpoint-1" in capfd.readouterr().out
+    assert steps_logged(folder) == [0, 1, 2, 3]
+
+
+# ---- numbers that are not finite -----------------------------------------------------------------
+
+
+class NanLosses:
+    """clipped_surrogate(), but the first loss of some of the calls is NaN."""
+
+    def __init__(self):
+        self.clipped_surrogate = tricks.clipped_surrogate
+        self.calls = 0
+
+    def __call__(self, logprobs, *args) -> torch.Tensor:
+        self.calls += 1
+        losses = self.clipped_surrogate(logprobs, *args)
+        if self.calls in (1, 9) or self.calls > 20:
+            first = torch.arange(len(losses)) == 0
+            losses = losses * torch.where(first, torch.nan, 1.0)
+        return losses
+
+
+def test_gradient_that_is_not_finite_is_skipped_and_soon_ends_the_run(root, monkeypatch, capfd):
+    """Each step has two mini-batches of one micro-batch: two calls."""
+    monkeypatch.setattr(tricks, "clipped_surrogate", NanLosses())
+    folder = root / "not-finite"
+    options = dict(steps=50, max_skipped_steps=2, micro_batch_tokens=1000, samples_per_step=0)
+    message = (
+        "no finite gradient in 2 rollouts in a row .*--max-skipped-steps.*; "
+        "responses .*samples.jsonl"
+    )
+    with pytest.raises(RunError, match=message):
+        lite_ppo.train(config(root, output_dir=str(folder), **options))
+    skipped = [row["policy/skipped"] for row in read(folder / "metrics.jsonl")[1:]]
+    assert skipped == [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 2]
+    assert "NaN" not in (folder / "metrics.jsonl").read_text()
+    warning = "step 1: 1 optimizer step(s) skipped, the gradient is not finite; responses ["
+    assert warning in capfd.readouterr().out
+    failures = {row["failure"] for row in read(folder / "samples.jsonl")}
+    assert failures == {NOT_FINITE}
+
+
+class NanLogprobs:
+    """response_logprobs(), but those of response 3 are NaN in the second call."""
+
+    def __init__(self):
+        self.response_logprobs = lite_ppo.response_logprobs
+        self.calls = 0
+
+    def __call__(self, model, batch, temperature):
+        self.calls += 1
+        logprobs, entropy = self.response_logprobs(model, batch, temperature)
+        sick = (batch.owner == 3) & (self.calls == 2)
+        return logprobs * torch.where(sick, torch.nan, 1.0), entropy
+
+
+def test_log_probs_that_are_not_finite_do_not_count_as_stale_weights(root, monkeypatch, capfd):
+    """Each step has one mini-batch of one micro-batch: one call."""
+    monkeypatch.setattr(lite_ppo, "response_logprobs", NanLogprobs())
+    folder = root / "nan-logprobs"
+    options = dict(steps=3, minibatches=1, micro_batch_tokens=1000, samples_per_step=0)
+    lite_ppo.train(config(root, output_dir=str(folder), **options))
+    rows = read(folder / "metrics.jsonl")
+    assert [row.get("policy/skipped") for row in rows] == [None, 0, 1, 0]
+    for row in rows[1:]:
+        assert row["rollout/logprob_gap_max"] < 1e-4
+    warning = "step 2: 1 optimizer step(s) skipped, the gradient is not finite; responses [3] of"
+    assert warning in capfd.readouterr().out
+
+
+def test_log_probs_of_the_sampler_must_be_finite(root):
+    token_ids = np.array([1])
+    response = Response(Problem({}, [3]), token_ids, np.array([np.nan]), False, "", 0.0)
+    batch = make_micro_batch([response], [0], torch.zeros(1), torch.zeros(1), CPU)
+    batch.old_logprobs = torch.zeros(1)
+    with pytest.raises(RunError, match="does not hold the trainer's weights"):
+        check_gap([batch], config(root))
+
+
+class ForgetfulSampler(TransformersSampler):
+    """Takes the trainer's weights only once."""
+
+    loaded = False
+
+    def load_weights(self, weights):
+        if not self.loaded:
+            super().load_weights(weights)
+        self.loaded = True
+
+
+def test_forgotten_sync_ends_the_run(root, monkeypatch):
+    monkeypatch.setattr(samplers, "TransformersSampler", ForgetfulSampler)
+    message = (
+        "differ by .* --max-logprob-gap 0.001: the sampler does not hold the trainer's weights"
+    )
+    with pytest.raises(RunError, match=message):
+        lite_ppo.train(config(root, lr=1e-2, output_dir=f"{root}/forgotten-sync"))
+
+
+# ---- rewards without a verdict -------------------------------------------------------------------
+
+MOODY = """
+def moody(response, row):
+    fails = len(response) % 3 == 0 and row["answer"] == "2"
+    return float("nan") if fails else 0.0
+"""
+
+
+def test_failed_rewards_of_an_evaluation_are_logged_once(root, tmp_path, monkeypatch, capfd):
+    """Also when a signal comes between the evaluation of a step and its log line."""
+    (tmp_path / "moody.py").write_text(MOODY)
+    folder = root / "moody"
+    cfg = config(
+        root,
+        reward=f"{tmp_path}/moody.py:moody",
+        output_dir=str(folder),
+        steps=2,
+        save_every=1,
+        eval_every=1,
+        eval_samples=8,
+        samples_per_step=0,
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(lite_ppo, "evaluate", InterruptedEvaluation(1, after_work=True))
+        with pytest.raises(Stopped):
+            lite_ppo.train(cfg)
+    lite_ppo.train(cfg)
+
+    shares = [row["eval/dev/failed"] for row in read(folder / "metrics.jsonl")]
+    assert max(shares) > 0
+    logged = [row for row in read(folder / "samples.jsonl") if row.get("eval") == "dev"]
+    for step in range(3):
+        rows = [row for row in logged if row["step"] == step]
+        assert len(rows) / 8 == shares[step]
+    for row in logged:
+        assert "not a finite number" in row["failure"]
+        assert len(row["response"]) % 3 == 0
+    warning = "of the responses to dev got no verdict and count as wrong: reasons in samples.jsonl"
+    assert warning in capfd.readouterr().out
+
+
+FAILED = (0.0, "ValueError: x")  # score and reason
+LATE = (0.0, "late")
+
+
+def test_too_many_failed_rewards_end_the_run_with_the_reason():
+    message = "4 of 4 responses got no verdict.*--max-failed-rewards 0.5.*ValueError.*x"
+    with pytest.raises(RunError, match=message):
+        rollout_scores([FAILED, FAILED, FAILED, FAILED])
+
+
+def test_half_of_the_rewards_may_fail():
+    scores, _ = rollout_scores([FAILED, LATE, 1, 0])
+    assert scores == [0, 0, 1, 0]

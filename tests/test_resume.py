@@ -1,0 +1,343 @@
+"""Checkpoints: runs that continue, settings that may change, and the output directory."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+import lite_ppo
+from lite_ppo import Problem, Response, build_policy, make_micro_batch
+from support import models, run
+from support.checkpoints import Position, load_checkpoint, open_folder
+from support.errors import UserError
+from support.util import gather
+from tests.world import CPU, EOS, HERE, REWARDS, config, load_model, predictions, read
+
+MEASURED = ("time/", "perf/", "memory/")  # metrics that differ from run to run
+
+
+def train(root: Path, name: str, **changes) -> str:
+    """A run in the folder `name`; returns what it prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        lite_ppo.train(config(root, output_dir=str(root / name), **changes))
+    return printed.getvalue()
+
+
+def steps_logged(folder: Path) -> list[int]:
+    return [row["step"] for row in read(folder / "metrics.jsonl")]
+
+
+# ---- a run that continues ------------------------------------------------------------------------
+
+EACH_STEP = dict(steps=4, save_every=1, eval_every=1)
+
+
+@pytest.fixture(scope="module")
+def whole(root) -> Path:
+    """A run of four steps that is not interrupted."""
+    train(root, "whole", **EACH_STEP)
+    return root / "whole"
+
+
+def test_only_the_newest_checkpoints_are_kept(whole):
+    names = sorted(path.name for path in whole.glob("*-*"))
+    assert names == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_resumed_run_equals_the_uninterrupted_one(whole, root):
+    """Killed while it saved the last checkpoint: the logs are ahead of the newest whole one."""
+    resumed = root / "resumed"
+    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("checkpoint-4", "final"))
+    (resumed / "partial-4").mkdir()
+    train(root, "resumed", **EACH_STEP)
+    expected = load_model(whole / "final").state_dict()
+    found = load_model(resumed / "final").state_dict()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        assert read(resumed / file, *MEASURED) == read(whole / file, *MEASURED)
+
+
+def random_responses() -> list[Response]:
+    generator = torch.Generator().manual_seed(5)
+    responses = []
+    for prompt, length in [(4, 1), (1, 5), (6, 12), (2, 3)]:
+        tokens = torch.randint(2, 21, (prompt + length,), generator=generator).tolist()
+        problem = Problem({}, tokens[:prompt])
+        unused = torch.zeros(length).numpy()
+        token_ids = torch.tensor(tokens[prompt:]).numpy()
+        responses.append(Response(problem, token_ids, unused, False, "", 0.0))
+    return responses
+
+
+@torch.no_grad()
+def test_last_checkpoint_and_final_folder_hold_the_same_model(whole, root):
+    policy = build_policy(config(root), f"{root}/tied", CPU)
+    optimizer = torch.optim.AdamW(policy.parameters())
+    position = load_checkpoint(whole / "checkpoint-4", policy, optimizer)
+    assert position == Position(step=4, cursor=16, pending=None)
+
+    responses = random_responses()
+    unused = torch.zeros(len(responses))
+    batch = make_micro_batch(responses, range(len(responses)), unused, unused, CPU)
+    found, _ = policy.response_logprobs(batch, 1.0)
+    model = load_model(whole / "final")
+    expected = [predictions(model, r.problem.prompt_ids, r.token_ids)[0] for r in responses]
+    assert torch.allclose(found, torch.cat(expected), rtol=0, atol=1e-5)
+
+
+def test_final_folder_names_every_end_of_a_response(whole):
+    _, eos_ids = models.load_tokenizer(whole / "final", 40)
+    assert eos_ids == EOS
+
+
+def test_run_without_checkpoint_starts_again_and_logs_each_step_once(root):
+    for _ in range(2):
+        train(root, "again", steps=1)
+        shutil.rmtree(root / "again/final")  # as if it was killed before
+    assert steps_logged(root / "again") == [0, 1]
+    assert len(read(root / "again/samples.jsonl")) == 16
+
+
+# ---- other ranks, and hybrid sharding ------------------------------------------------------------
+
+SAVED = dict(save_every=2, keep_checkpoints=9, eval_every=0, max_grad_norm=0.5)
+TRAIN_EACH = """
+import json, sys
+import lite_ppo
+from tests.world import start_ranks
+
+start_ranks()
+for settings in sys.argv[1:]:
+    lite_ppo.train(lite_ppo.Config(**json.loads(settings)))
+"""
+
+
+def train_on_two_ranks(root: Path, runs: dict[str, dict]) -> str:
+    """For each folder name a run with these changes; returns what they print."""
+    settings = []
+    for name, changes in runs.items():
+        cfg = config(root, output_dir=str(root / name), **changes)
+        settings.append(json.dumps(dataclasses.asdict(cfg)))
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2 --no-python".split()
+    command = [sys.executable, *launcher, sys.executable, "-c", TRAIN_EACH, *settings]
+    environment = os.environ | {"PYTHONPATH": str(HERE), "TEST_ROOT": str(root)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-6000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def one_rank_run(root) -> Path:
+    """Seven steps on one rank, with a checkpoint after each second one."""
+    train(root, "one", steps=7, **SAVED)
+    return root / "one"
+
+
+@pytest.fixture(scope="module")
+def printed_by_resharded_runs(root) -> str:
+    """The number of ranks changes after two steps: from 1 to 2 and from 2 to 1."""
+    train(root, "one_then_two", steps=2, **SAVED)
+    runs = {
+        "one_then_two": dict(steps=7, shard_ranks=1, **SAVED),  # each rank holds the whole model
+        "two_then_one": dict(steps=2, **SAVED),
+    }
+    printed = train_on_two_ranks(root, runs)
+    return printed + train(root, "two_then_one", steps=7, **SAVED)
+
+
+def distance(folder: Path, other: Path) -> float:
+    """The largest difference between two final models."""
+    found = load_model(folder / "final").state_dict()
+    expected = load_model(other / "final").state_dict()
+    return max((found[name] - expected[name]).abs().max().item() for name in expected)
+
+
+@pytest.mark.parametrize("name", ["one_then_two", "two_then_one"])
+def test_number_of_ranks_may_change(name, printed_by_resharded_runs, one_rank_run, root):
+    folder = root / name
+    resumed = f"resumed from {folder}/checkpoint-2, 2 of 7 steps done"
+    assert resumed in printed_by_resharded_runs
+    assert distance(folder, one_rank_run) <= 1e-6
+    assert steps_logged(folder) == list(range(8))
+    expected = [row["response"] for row in read(one_rank_run / "samples.jsonl")]
+    assert len(expected) == 7 * 16  # all of them
+    assert [row["response"] for row in read(folder / "samples.jsonl")] == expected
+
+
+def load_without_optimizer(path, policy, optimizer) -> Position:
+    position = load_checkpoint(path, policy, optimizer)
+    optimizer.state.clear()
+    return position
+
+
+def test_optimizer_state_matters(one_rank_run, root, monkeypatch):
+    """Without it the comparisons above would fail."""
+    monkeypatch.setattr(run, "load_checkpoint", load_without_optimizer)
+    train(root, "forgetful", steps=7, resume=f"{one_rank_run}/checkpoint-2", **SAVED)
+    assert distance(root / "forgetful", one_rank_run) > 1e-4
+
+
+# ---- settings that change ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (dict(clip_high=0.3), "clip_high: 0.2 -> 0.3"),
+        (dict(lr=1.0), "lr: 0.001 -> 1.0"),
+        (dict(steps=3), "--steps 3: .*7 steps"),
+        (dict(dtype="bfloat16"), "dtype in use: torch.float32 -> torch.bfloat16"),
+        (dict(train_data="ROOT/dev.jsonl"), "training problems: 10 problems.* -> 1 problems"),
+        (dict(resume="never"), "holds checkpoint-7"),
+        (dict(resume="ROOT/tied"), "nor a checkpoint folder"),
+        (dict(resume="ROOT/one/checkpoint-2"), "holds checkpoint-7, another"),
+    ],
+)
+def test_changed_setting_is_one_message(changes, message, one_rank_run, root):
+    changes = {key: put_root(value, root) for key, value in changes.items()}
+    with pytest.raises(UserError, match=message):
+        train(root, "one", **dict(steps=7, **SAVED) | changes)
+    assert steps_logged(one_rank_run) == list(range(8))
+
+
+def put_root(value, root: Path):
+    return value.replace("ROOT", str(root)) if isinstance(value, str) else value
+
+
+def test_edited_reward_file_is_one_message(root, tmp_path):
+    file = tmp_path / "rewards.py"
+    file.write_text(REWARDS)
+    train(root, "edited", reward=f"{file}:even", **SAVED)
+    file.write_text(REWARDS + "# an edit\n")
+    with pytest.raises(UserError, match="reward file: [0-9a-f]{12} -> "):
+        train(root, "edited", reward=f"{file}:even", **SAVED)
+
+
+def test_checkpoint_of_another_version_is_one_message(root):
+    checkpoint = root / "old/checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text('{"step": 3, "cursor": 12}')
+    message = "checkpoint-3: not a checkpoint of this version .*config.*move it away"
+    with pytest.raises(UserError, match=message):
+        train(root, "old")
+
+
+@pytest.fixture(scope="module")
+def fork(one_rank_run, root) -> dict:
+    """Settings of a run that started from a checkpoint of another run, with another clip_high."""
+    settings = dict(resume=f"{one_rank_run}/checkpoint-6", clip_high=0.3, **SAVED)
+    train(root, "fork", steps=7, **settings)
+    assert steps_logged(root / "fork") == [7]
+    return settings
+
+
+def test_resume_flag_allows_other_settings_in_another_folder(fork, root):
+    """The same command then continues the new run."""
+    printed = train(root, "fork", steps=9, **fork)
+    assert f"resumed from {root}/fork/checkpoint-7, 7 of 9" in printed
+
+
+def test_resume_flag_allows_no_second_change_in_that_folder(fork, root):
+    with pytest.raises(UserError, match="clip_high: 0.3 -> 0.4"):
+        train(root, "fork", steps=9, **fork | dict(clip_high=0.4))
+
+
+# ---- errors of a checkpoint ----------------------------------------------------------------------
+
+
+class Raise:
+    """A function that only raises this error."""
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+    def __call__(self, *args, **kwargs):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error,raised",
+    [
+        (MemoryError(), MemoryError),
+        (RuntimeError("can't allocate memory: 9 GiB"), RuntimeError),
+        (RuntimeError("Connection closed by peer"), RuntimeError),
+        (OSError("cut off"), UserError),
+    ],
+)
+def test_only_errors_of_the_checkpoint_are_blamed_on_it(error, raised, root, tmp_path, monkeypatch):
+    policy = build_policy(config(root), f"{root}/tied", CPU)
+    optimizer = torch.optim.AdamW(policy.parameters())
+    (tmp_path / "state.json").write_text('{"step": 1, "cursor": 4, "pending": null}')
+    monkeypatch.setattr(dcp, "load", Raise(error))
+    with pytest.raises(raised):
+        load_checkpoint(tmp_path, policy, optimizer)
+
+
+# ---- the output directory ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(root, tmp_path) -> Path:
+    """The folder of a finished run that was not empty before."""
+    folder = tmp_path / "run"
+    for name in ("partial_results", "partial-7", "checkpoint-best-2", "checkpoint-old3"):
+        (folder / name).mkdir(parents=True)
+    (folder / "partial.csv").write_text("mine")
+    lite_ppo.train(config(root, output_dir=str(folder), steps=1, eval_every=0))
+    return folder
+
+
+def test_files_of_others_are_not_touched(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {"partial_results", "partial.csv", "checkpoint-best-2", "checkpoint-old3"}
+    assert names >= {"final", "metrics.jsonl"}
+    assert (finished / "partial.csv").read_text() == "mine"
+
+
+def test_files_of_a_killed_run_are_deleted(finished):
+    assert not (finished / "partial-7").exists()
+    assert not list(finished.glob(".seen*"))
+
+
+def test_final_model_is_not_overwritten(finished, root):
+    before = (finished / "metrics.jsonl").read_bytes()
+    message = f"--output-dir {finished}: holds the final model of a run and no checkpoint"
+    with pytest.raises(UserError, match=message):
+        lite_ppo.train(config(root, output_dir=str(finished), steps=1, eval_every=0, seed=7))
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_folder_in_use_is_one_message(root, tmp_path):
+    cfg = config(root, output_dir=str(tmp_path / "shared"))
+    with contextlib.ExitStack() as held:
+        open_folder(cfg, gather, held)
+        with pytest.raises(UserError, match="shared: another run is using it"):
+            lite_ppo.train(cfg)
+    with contextlib.ExitStack() as held:
+        open_folder(cfg, gather, held)  # free again
+
+
+def rank_of_another_machine() -> int:
+    return 1
+
+
+def test_folder_that_ranks_do_not_share_is_one_message(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "get_rank", rank_of_another_machine)
+    cfg = config(root, output_dir=str(tmp_path / "local"))
+    message = (
+        r"ranks \[0\] do not see what rank 0 writes there; give a folder .* all machines share"
+    )
+    with contextlib.ExitStack() as held, pytest.raises(UserError, match=message):
+        open_folder(cfg, gather, held, patience=0.2)

@@ -1,0 +1,491 @@
+"""The PPO step: gradient and metrics equal the formulas, however the step is split.
+
+The formulas are a second implementation, without packing and without ranks: float64, one sequence
+at a time, one token at a time. This file also runs on two ranks, see conftest.py.
+"""
+
+import ast
+import functools
+import inspect
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lite_ppo
+from lite_ppo import Config, MicroBatch, Problem, Response, build_policy, make_micro_batch
+from support import metrics
+from support.util import permutation
+from tests.checks import parse_mutants
+from tests.world import CPU, VOCABULARY, WORLD, config, load_model, predictions
+
+# ---- nine responses, and the settings under which they are trained -------------------------------
+
+LENGTHS = [1, 5, 12, 3, 12, 8, 2, 7, 4]
+PROMPT_LENGTHS = [4, 1, 6, 2, 3, 9, 5, 1, 7]
+ADVANTAGES = [0.9, -1.1, 0.7, -0.4, 1.3, -0.8, 0.5, -0.6, 1.0]
+TRUNCATED = (2, 5)  # response 4 has the maximal length too, but ends with an end-of-sequence token
+MAX_LENGTH = 12  # max_new_tokens of config()
+STEP = 7
+RATE = 0.1  # of plain gradient steps; so large that the second step clips
+
+CASES = {  # settings that differ from those of config()
+    "token": dict(activation_checkpointing=True),
+    "token filtered": dict(overlong_filter=True),
+    "sequence": dict(loss_level="sequence"),
+    "sequence filtered": dict(loss_level="sequence", overlong_filter=True),
+    "constant": dict(loss_level="constant"),
+    "constant filtered": dict(loss_level="constant", overlong_filter=True),
+    "one step": dict(minibatches=1),
+    "a single EOS": dict(minibatches=1),
+    "fewer responses than ranks": dict(minibatches=1),
+    "a rank with nothing to train": dict(minibatches=1, overlong_filter=True),
+    "nothing to train": dict(minibatches=1, overlong_filter=True),
+    "every option": dict(
+        minibatches=3, temperature=0.7, clip_high=0.28, dual_clip=1.3, kl_coef=0.3, tis_cap=1.2
+    ),
+}
+CHOSEN = {  # the responses of a case; the other cases take all nine
+    "a single EOS": [0],
+    "fewer responses than ranks": [3],
+    "a rank with nothing to train": [0, 2],
+    "nothing to train": [2, 5],
+}
+
+
+def settings_of(case: str, root: Path, **changes) -> Config:
+    unlimited = dict(max_logprob_gap=1e9, max_grad_norm=1e9)
+    return config(root, **dict(lr=RATE) | unlimited | CASES[case] | changes)
+
+
+def make_responses() -> list[Response]:
+    """Random tokens and random log-probs; only tis_cap reads the log-probs."""
+    generator = torch.Generator().manual_seed(5)
+    responses = []
+    for i, (length, prompt_length) in enumerate(zip(LENGTHS, PROMPT_LENGTHS)):
+        tokens = torch.randint(2, VOCABULARY, (prompt_length + length,), generator=generator)
+        if i not in TRUNCATED:
+            tokens[-1] = 1  # end of sequence
+        response = Response(
+            problem=Problem({}, tokens[:prompt_length].tolist()),
+            token_ids=tokens[prompt_length:].numpy().astype(np.int32),
+            logprobs=torch.randn(length, generator=generator).sub(3).numpy(),
+            truncated=i in TRUNCATED,
+            text="",
+            score=0.0,
+        )
+        responses.append(response)
+    return responses
+
+
+def step_of(case: str) -> tuple[list[Response], torch.Tensor]:
+    """Responses and advantages."""
+    chosen = CHOSEN.get(case, range(9))
+    responses = make_responses()
+    return [responses[i] for i in chosen], torch.tensor([ADVANTAGES[i] for i in chosen])
+
+
+# ---- the update of lite_ppo.py, as it is or with a mistake ---------------------------------------
+
+PARTS = [
+    lite_ppo.make_micro_batch,
+    lite_ppo.make_minibatches,
+    lite_ppo.add_logprobs,
+    lite_ppo.token_losses,
+    lite_ppo.update,
+    metrics.UpdateStats,
+]
+SOURCE = "\n\n".join(ast.unparse(ast.parse(inspect.getsource(part))) for part in PARTS)
+
+
+def load(source: str) -> SimpleNamespace:
+    """The functions of lite_ppo.py, with those of the update from this source."""
+    scope = vars(metrics) | vars(lite_ppo)
+    exec(source, scope)
+    return SimpleNamespace(**scope)
+
+
+def mutate(right: str, wrong: str) -> SimpleNamespace:
+    assert right in SOURCE, f"the code of the update no longer contains {right}"
+    return load(SOURCE.replace(right, wrong))
+
+
+class GradientRecorder:
+    """A hook of an optimizer; keeps the gradient of each of its steps."""
+
+    def __init__(self, policy):
+        self.policy = policy
+        self.gradients = []
+
+    def __call__(self, *args) -> None:
+        parameters = self.policy.named_parameters()
+        gradient = {name: p.grad.full_tensor().clone() for name, p in parameters}
+        self.gradients.append(gradient)
+
+
+def run_update(case: str, root: Path, code=lite_ppo, **changes) -> SimpleNamespace:
+    """The gradients of the optimizer steps, the metrics, and the clipped tokens [2, V]."""
+    cfg = settings_of(case, root, **changes)
+    responses, advantages = step_of(case)
+    policy = build_policy(cfg, cfg.model, CPU)
+    reference = build_policy(cfg, cfg.model, CPU, trainable=False)
+    optimizer = torch.optim.SGD(policy.parameters())
+    recorder = GradientRecorder(policy)
+    optimizer.register_step_pre_hook(recorder)
+
+    minibatches = code.make_minibatches(responses, advantages, STEP, cfg)
+    code.add_logprobs(policy, reference, minibatches, cfg)
+    stats = code.update(policy, optimizer, minibatches, STEP, cfg)
+    reduced = stats.reduce(responses)
+    clipped = stats.clipped.int().tolist()
+    return SimpleNamespace(gradients=recorder.gradients, metrics=reduced, clipped=clipped)
+
+
+# ---- the same from the formulas ------------------------------------------------------------------
+
+
+class Formulas:
+    """The update of a case in float64, one sequence at a time, one token at a time."""
+
+    def __init__(self, case: str, root: Path):
+        self.cfg = settings_of(case, root)
+        self.responses, advantages = step_of(case)
+        self.advantages = advantages.tolist()
+        self.model = load_model(root / "tied", dtype=torch.float64)
+        self.old = []  # log-probs before the update, also those of the reference model
+        for response in self.responses:
+            logprobs, _ = self.predict(response)
+            self.old.append(logprobs.detach())
+        self.tokens = 0
+        self.sums = dict.fromkeys(("entropy", "clip_low", "clip_high", "approx_kl"), 0.0)
+        self.sums["reference_kl"] = 0.0
+        self.clipped = [[0] * VOCABULARY, [0] * VOCABULARY]  # low and high, by token
+        self.gradients = []
+        self.losses = []
+
+    def predict(self, response: Response) -> tuple[torch.Tensor, torch.Tensor]:
+        prompt = response.problem.prompt_ids
+        return predictions(self.model, prompt, response.token_ids, self.cfg.temperature)
+
+    def weight(self, i: int, kept: list[int]) -> float:
+        """Of a token of response i in the loss of a mini-batch."""
+        if i not in kept:
+            return 0.0
+        length = len(self.responses[i].token_ids)
+        if self.cfg.loss_level == "token":
+            return 1 / sum(len(self.responses[j].token_ids) for j in kept)
+        if self.cfg.loss_level == "sequence":
+            return 1 / (len(kept) * length)
+        return 1 / (len(kept) * MAX_LENGTH)
+
+    def objective(self, ratio: torch.Tensor, advantage: float) -> torch.Tensor:
+        cfg = self.cfg
+        clipped = min(max(ratio, 1 - cfg.clip_low), 1 + cfg.clip_high)
+        objective = min(ratio * advantage, clipped * advantage)
+        if cfg.dual_clip and advantage < 0:
+            objective = max(objective, cfg.dual_clip * advantage)
+        return objective
+
+    def loss(self, i: int, t: int, logprob: torch.Tensor) -> torch.Tensor:
+        """Of token t of response i, without its weight."""
+        old = self.old[i][t]
+        objective = self.objective((logprob - old).exp(), self.advantages[i])
+        if self.cfg.tis_cap:
+            sampled = self.responses[i].logprobs[t]
+            objective = objective * min(math.exp(old - sampled), self.cfg.tis_cap)
+        log_ratio = old - logprob  # the reference model has the old weights
+        kl = log_ratio.exp() - log_ratio - 1
+        return self.cfg.kl_coef * kl - objective
+
+    def count(self, i: int, t: int, logprobs: torch.Tensor) -> None:
+        """Add a token to the metrics; logprobs are those of the whole vocabulary."""
+        cfg = self.cfg
+        token = self.responses[i].token_ids[t]
+        log_ratio = (logprobs[token] - self.old[i][t]).item()
+        ratio = math.exp(log_ratio)
+        low = self.advantages[i] < 0 and ratio < 1 - cfg.clip_low
+        high = self.advantages[i] > 0 and ratio > 1 + cfg.clip_high
+        self.tokens += 1
+        self.sums["entropy"] -= (logprobs.exp() * logprobs).sum().item()
+        self.sums["clip_low"] += low
+        self.sums["clip_high"] += high
+        self.sums["approx_kl"] += ratio - 1 - log_ratio
+        if cfg.kl_coef:
+            self.sums["reference_kl"] += math.exp(-log_ratio) + log_ratio - 1
+        self.clipped[0][token] += low
+        self.clipped[1][token] += high
+
+    def train(self, members: list[int]) -> None:
+        """One optimizer step on a mini-batch."""
+        kept = list(members)
+        if self.cfg.overlong_filter:
+            kept = [i for i in members if not self.responses[i].truncated]
+        total = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        for i in members:
+            chosen, vocabulary = self.predict(self.responses[i])
+            for t, logprob in enumerate(chosen):
+                total = total + self.weight(i, kept) * self.loss(i, t, logprob)
+                self.count(i, t, vocabulary[t].detach())
+        self.model.zero_grad()
+        total.backward()
+        parameters = dict(self.model.named_parameters())
+        gradient = {name: p.grad.clone() for name, p in parameters.items()}
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.sub_(RATE * gradient[name])
+        self.gradients.append(gradient)
+        self.losses.append(total.item())
+
+    def metrics(self) -> dict[str, float]:
+        means = {f"policy/{name}": total / self.tokens for name, total in self.sums.items()}
+        return means | {"policy/loss": np.mean(self.losses), "policy/skipped": 0}
+
+
+@functools.cache
+def expected(case: str, root: Path) -> SimpleNamespace:
+    """What run_update() has to return."""
+    formulas = Formulas(case, root)
+    order = permutation(len(formulas.responses), formulas.cfg.seed, "minibatches", STEP)
+    for members in np.array_split(order, formulas.cfg.minibatches):
+        formulas.train(members.tolist())
+    return SimpleNamespace(
+        gradients=formulas.gradients, metrics=formulas.metrics(), clipped=formulas.clipped
+    )
+
+
+def norm(tensors) -> float:
+    return torch.cat([tensor.double().flatten() for tensor in tensors]).norm().item()
+
+
+def difference(found: SimpleNamespace, truth: SimpleNamespace) -> float:
+    """The largest relative error of the gradient of an optimizer step."""
+    errors = []
+    for gradient, right in zip(found.gradients, truth.gradients, strict=True):
+        assert gradient.keys() == right.keys()
+        error = norm(gradient[name] - right[name] for name in right)
+        errors.append(error / (norm(right.values()) or 1))
+    return max(errors)
+
+
+# ---- gradient and metrics ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [12, 10**6])
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_and_metrics_equal_the_formulas(case, micro_batch_tokens, root):
+    truth = expected(case, root)
+    found = run_update(case, root, micro_batch_tokens=micro_batch_tokens)
+    assert difference(found, truth) <= 1e-5
+    compared = {name: found.metrics[name] for name in truth.metrics}
+    assert compared == pytest.approx(truth.metrics, rel=1e-4, abs=1e-6)
+    assert found.clipped == truth.clipped
+
+
+def test_both_clip_bounds_are_in_use(root):
+    truth = expected("token", root).metrics
+    assert truth["policy/clip_low"] > 0.05
+    assert truth["policy/clip_high"] > 0.05
+
+
+def test_single_optimizer_step_clips_nothing(root):
+    assert expected("one step", root).clipped == [[0] * VOCABULARY, [0] * VOCABULARY]
+
+
+def test_gradient_is_clipped_to_the_maximal_norm(root):
+    found = run_update("one step", root, max_grad_norm=0.01)
+    (gradient,) = found.gradients
+    assert norm(gradient.values()) == pytest.approx(0.01, rel=1e-4)
+    assert found.metrics["policy/grad_norm"] > 1  # before it is clipped
+
+
+def infinite_weights(lengths, *args) -> torch.Tensor:
+    return torch.full((len(lengths),), math.inf)
+
+
+def test_gradient_that_is_not_finite_is_skipped(root, monkeypatch):
+    monkeypatch.setattr(lite_ppo.tricks, "loss_weights", infinite_weights)
+    found = run_update("token", root)
+    assert found.gradients == []  # no optimizer step
+    assert found.metrics["policy/skipped"] == 2
+
+
+# ---- named mutants -------------------------------------------------------------------------------
+
+# Each block: the case that detects the mistake, and its name; the right code, as ast.unparse()
+# writes it; the wrong code.
+GRADIENT_MUTANTS = parse_mutants("""
+token: normalized by the micro-batch
+- loss = (batch.weights * losses).sum()
++ loss = losses.mean() / len(micro_batches) / world
+
+token: weights of the whole step
+- weights[members] = tricks.loss_weights(lengths, cfg.loss_level, keep, cfg.max_new_tokens)
++ weights += 1 / sum((len(r.token_ids) for r in responses))
+
+token filtered: filter ignored
+- tricks.loss_weights(lengths, cfg.loss_level, keep,
++ tricks.loss_weights(lengths, cfg.loss_level, None,
+
+token filtered: filtered by length
+- r.truncated
++ len(r.token_ids) == 12
+
+token: old log-probs with gradient
+- batch.old_logprobs = logprobs.detach()
++ batch.old_logprobs = logprobs
+
+token: old log-probs of the updated weights
+- tricks.clipped_surrogate(logprobs, batch.old_logprobs,
++ tricks.clipped_surrogate(logprobs, logprobs.detach(),
+
+token: advantage of the next response
+- advantages.to(device)
++ advantages.roll(1).to(device)
+
+a single EOS: end of sequence not trained
+- batch.weights * losses
++ batch.weights * (batch.targets != 1) * losses
+
+every option: temperature forgotten
+- policy.response_logprobs(batch, cfg.temperature)
++ policy.response_logprobs(batch, 1.0)
+
+token: predicted one token too early
+- np.arange(a, b)
++ np.arange(a - 1, b - 1)
+
+every option: KL forgotten
+- cfg.kl_coef * tricks.kl_estimate
++ 0 * tricks.kl_estimate
+
+every option: importance weights forgotten
+- losses = losses * tricks.truncated_importance_weights
++ tricks.truncated_importance_weights
+
+every option: dual clip forgotten
+- cfg.dual_clip or None
++ None
+""")
+CLIP_MUTANTS = parse_mutants("""
+token: sides swapped
+- zip(self.clipped, (low, high))
++ zip(self.clipped, (high, low))
+
+token: the token before
+- side.index_add_(0, batch.targets,
++ side.index_add_(0, batch.targets.roll(1),
+
+token: last micro-batch only
+- zip(self.clipped, (low, high))
++ zip(self.clipped.zero_(), (low, high))
+""")
+if WORLD > 1:
+    GRADIENT_MUTANTS += parse_mutants("""
+token: averaged over ranks
+- (loss * world).backward()
++ loss.backward()
+""")
+    CLIP_MUTANTS += parse_mutants("""
+token: this rank only
+- dist.all_reduce(self.clipped)
++ pass
+""")
+
+
+def test_unchanged_copy_of_the_code_has_the_right_gradient(root):
+    """Each mutant below is such a copy with one mistake."""
+    found = run_update("token", root, load(SOURCE), micro_batch_tokens=12)
+    truth = expected("token", root)
+    assert difference(found, truth) <= 1e-5
+    assert found.clipped == truth.clipped
+
+
+@pytest.mark.parametrize("case,right,wrong", GRADIENT_MUTANTS)
+def test_named_mutant_changes_the_gradient(case, right, wrong, root):
+    mutant = mutate(right, wrong)
+    found = run_update(case, root, mutant, micro_batch_tokens=12)
+    assert difference(found, expected(case, root)) > 1e-3
+
+
+@pytest.mark.parametrize("case,right,wrong", CLIP_MUTANTS)
+def test_named_mutant_miscounts_clipped_tokens(case, right, wrong, root):
+    mutant = mutate(right, wrong)
+    found = run_update(case, root, mutant, micro_batch_tokens=12)
+    assert found.clipped != expected(case, root).clipped
+
+
+# ---- micro-batches -------------------------------------------------------------------------------
+
+ORDER = [3, 0, 8, 1, 7, 2]
+
+
+def pack(responses: list[Response]) -> MicroBatch:
+    """The responses of ORDER; response i has the advantage i and the weight 10 i."""
+    numbers = torch.arange(9.0)
+    return make_micro_batch(responses, ORDER, numbers, 10 * numbers, CPU)
+
+
+def test_micro_batch_holds_every_response_token_and_no_padding():
+    responses = make_responses()
+    batch = pack(responses)
+    tokens = [(i, token) for i in ORDER for token in responses[i].token_ids]
+    assert list(zip(batch.owner.tolist(), batch.targets.tolist())) == tokens
+    assert batch.advantages.tolist() == batch.owner.tolist()
+    assert batch.weights.tolist() == [10 * i for i in batch.owner.tolist()]
+    assert len(batch.token_ids) == sum(PROMPT_LENGTHS[i] + LENGTHS[i] - 1 for i in ORDER)
+
+
+@torch.no_grad()
+def test_packed_log_probs_equal_those_of_each_sequence_alone(root):
+    responses = make_responses()
+    cfg = config(root)
+    policy = build_policy(cfg, cfg.model, CPU)
+    found, _ = policy.response_logprobs(pack(responses), 0.7)
+
+    model = load_model(cfg.model)
+    alone = []
+    for i in ORDER:
+        prompt, tokens = responses[i].problem.prompt_ids, responses[i].token_ids
+        logprobs, _ = predictions(model, prompt, tokens, 0.7)
+        alone.append(logprobs)
+    assert torch.allclose(found, torch.cat(alone), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_sequence_does_not_see_the_other_prompts(root):
+    responses = make_responses()
+    cfg = config(root)
+    policy = build_policy(cfg, cfg.model, CPU)
+    before, _ = policy.response_logprobs(pack(responses), 0.7)
+    responses[0].problem.prompt_ids[:] = [20] * 4  # the second sequence in the micro-batch
+    batch = pack(responses)
+    after, _ = policy.response_logprobs(batch, 0.7)
+
+    own = batch.owner == 0
+    assert torch.allclose(after[~own], before[~own], rtol=0, atol=1e-6)
+    assert (after[own] - before[own]).abs().max() > 0.01
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=30),
+    budget=st.integers(1, 80),
+    world=st.integers(1, 5),
+)
+def test_micro_batch_plan_is_complete_and_within_the_budget(lengths, budget, world):
+    plan = lite_ppo.plan_micro_batches(lengths, budget, world)
+    assert len(plan) == world
+    counts = {len(of_rank) for of_rank in plan}
+    assert len(counts) == 1  # ranks wait for each other in every backward pass
+    assert counts.pop() <= math.ceil(len(lengths) / world)
+
+    micro_batches = [micro_batch for of_rank in plan for micro_batch in of_rank]
+    indices = [i for micro_batch in micro_batches for i in micro_batch]
+    assert sorted(indices) == list(range(len(lengths)))
+    for micro_batch in micro_batches:
+        if len(micro_batch) > 1:
+            assert sum(lengths[i] for i in micro_batch) <= max([budget, *lengths])
