@@ -1,57 +1,77 @@
-"""Log-probs and entropy straight from hidden states: the logits never exist in full. Copy it: it needs `import torch` only."""
+"""Log-probs and entropy from hidden states, without ever holding all logits.
+
+Copy it: it needs `import torch` and nothing else.
+"""
 
 import torch
 
 
 def linear_logprobs(hidden, weight, token_ids, temperature=1.0, chunk=1024):
-    """`token_logprobs` and `entropy` of logits = hidden @ weight.T, which are never held in full, forward or backward.
+    """Log-prob of each token, and entropy, for logits = hidden @ weight.T / temperature.
 
-    hidden: [T, D], weight: [V, D] (the output embedding), token_ids: [T] -> (logprobs [T], entropy [T]), both
-    differentiable once, in hidden and weight. The logits live `chunk` rows at a time and are computed again in
-    backward: memory chunk x V instead of several times T x V, for four matrix products instead of three. T = 0 works.
-    The gradients: d logprob / d logits = onehot - p, d entropy / d logits_v = -p_v (log p_v + entropy).
-    Half precision: products are accumulated and kept in float32, gradients return in the dtypes of the input.
+    The same as `tricks.token_logprobs` and `tricks.entropy`, but the logits never exist in full,
+    neither forward nor backward: they exist `chunk` rows at a time and are computed again in
+    backward. Memory is chunk x V instead of several times T x V, for four matrix products instead
+    of three. Gradients: d logprob / d logits = onehot - p,
+    d entropy / d logits_v = -p_v (log p_v + entropy).
+
+    hidden: [T, D], weight: [V, D] (the output embedding), token_ids: [T]
+    -> (logprobs [T], entropy [T]), nats, differentiable once in hidden and weight. T = 0 works.
+    Half precision: products are accumulated and kept in float32. Gradients return in the dtypes of
+    the inputs.
     ValueError: wrong rank, mismatched shapes, temperature <= 0, chunk < 1.
     """
-    if hidden.dim() != 2 or hidden.shape[1:] != weight.shape[1:] or hidden.shape[:1] != token_ids.shape:
-        raise ValueError(f"hidden must be [T, D], weight [V, D] and token_ids [T], got {tuple(hidden.shape)}, "
-                         f"{tuple(weight.shape)} and {tuple(token_ids.shape)}")
+    if (
+        hidden.dim() != 2
+        or hidden.shape[1:] != weight.shape[1:]
+        or hidden.shape[:1] != token_ids.shape
+    ):
+        raise ValueError(
+            f"hidden must be [T, D], weight [V, D] and token_ids [T], got {tuple(hidden.shape)}, "
+            f"{tuple(weight.shape)} and {tuple(token_ids.shape)}"
+        )
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     shared = torch.promote_types(hidden.dtype, weight.dtype)
     dtype = torch.promote_types(shared, torch.float32)
-    block = -(-chunk // 8)  # rows that need a temporary copy at a time: an eighth of a chunk
+    block = -(-chunk // 8)  # rows with a temporary copy at a time: an eighth of a chunk
 
     def product(a, b):
         if a.is_cuda and shared in (torch.float16, torch.bfloat16):
-            return torch.mm(a, b, out_dtype=dtype)  # sums and result in float32, no float32 copy of the weight
+            # Sums and result are in float32, without a float32 copy of the weight.
+            return torch.mm(a, b, out_dtype=dtype)
         return torch.mm(a.to(dtype), b.to(dtype))
 
     def scaled_logits(hidden, weight):
         logits = product(hidden, weight.t())
         return logits.div_(temperature) if temperature != 1 else logits
 
-    # Arguments shadow the names outside on purpose: a nested class is freed late, and must not hold on to tensors.
+    # The class is nested so that the function can be copied alone. Its arguments shadow the names
+    # outside on purpose: the class is freed late and must not hold tensors.
     class LinearLogprobs(torch.autograd.Function):
         @staticmethod
         @torch.autocast(hidden.device.type, enabled=False)
         def forward(ctx, hidden, weight, token_ids):
-            logprobs, entropy, normalizer = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(3))
+            logprobs, entropy, normalizer = (
+                hidden.new_empty(len(hidden), dtype=dtype) for _ in range(3)
+            )
             for start in range(0, len(hidden), chunk):
-                logits = scaled_logits(hidden[start:start + chunk], weight)
+                logits = scaled_logits(hidden[start : start + chunk], weight)
                 for i, rows in enumerate(logits.split(block)):
                     part = slice(start + i * block, start + i * block + len(rows))
                     peak = rows.amax(dim=-1, keepdim=True)
                     exp = rows.sub_(peak).exp()  # at most 1: no overflow
                     total = exp.sum(dim=-1)
-                    logprobs[part] = rows.gather(-1, token_ids[part].unsqueeze(-1)).squeeze(-1) - total.log()
+                    logprobs[part] = (
+                        rows.gather(-1, token_ids[part].unsqueeze(-1)).squeeze(-1) - total.log()
+                    )
                     entropy[part] = total.log() - exp.mul_(rows).sum(dim=-1) / total
                     normalizer[part] = peak.squeeze(-1) + total.log()
-                del logits, rows  # or the next chunk would be made while this one is held
+                del logits, rows  # free them before the next chunk is computed
             ctx.save_for_backward(hidden, weight, token_ids, normalizer, entropy)
-            ctx.set_materialize_grads(False)  # an output that is not used costs nothing in backward
+            ctx.set_materialize_grads(False)  # an unused output costs nothing in backward
             return logprobs, entropy
 
         @staticmethod
@@ -65,8 +85,9 @@ def linear_logprobs(hidden, weight, token_ids, temperature=1.0, chunk=1024):
             if grad_logprobs is None:
                 grad_logprobs = torch.zeros_like(normalizer)
             for start in range(0, len(hidden), chunk):
-                inputs = hidden[start:start + chunk]
-                grad = scaled_logits(inputs, weight)  # holds the logits, then log p, then p, then the gradient
+                inputs = hidden[start : start + chunk]
+                # In turn, the same memory holds the logits, log p, p and the gradient.
+                grad = scaled_logits(inputs, weight)
                 for i, rows in enumerate(grad.split(block)):
                     part = slice(start + i * block, start + i * block + len(rows))
                     rows.sub_(normalizer[part].unsqueeze(-1))
@@ -80,12 +101,12 @@ def linear_logprobs(hidden, weight, token_ids, temperature=1.0, chunk=1024):
                 if grad.is_cuda:
                     grad = grad.to(shared)  # tensor cores multiply halves; a no-op in float32
                 if need_hidden:
-                    grad_hidden[start:start + chunk] = product(grad, weight)
+                    grad_hidden[start : start + chunk] = product(grad, weight)
                 if need_weight and inputs.dtype == dtype:
                     grad_weight.addmm_(grad.t(), inputs)  # no second [V, D]
                 elif need_weight:
                     grad_weight.add_(product(grad.t(), inputs))
                 del grad
-            return grad_hidden, grad_weight, None  # autograd casts them to the dtypes of the inputs
+            return grad_hidden, grad_weight, None  # autograd casts them to the input dtypes
 
     return LinearLogprobs.apply(hidden, weight, token_ids.long())

@@ -1,34 +1,53 @@
-"""Measures of an evaluation or a response. Copy any function: it stands alone, given `import torch`."""
+"""Measurements of responses and evaluations.
+
+Copy any function: each needs `import torch` and nothing else.
+"""
 
 import torch
 
 
 def pass_at_k(num_samples, num_correct, k):
-    """Unbiased estimate of the probability that at least one of k samples is correct, from n samples with c correct.
+    """Unbiased estimate of the probability that at least one of k samples is correct.
 
-    1 - C(n - c, k) / C(n, k), as the product of (n - c - j) / (n - j) over j < k, which cannot overflow.
-    num_samples, num_correct: ints or tensors of one shape (either may be a scalar) -> tensor of that shape; k: an int.
-    ValueError: mismatched shapes, k < 1, k > n, c outside [0, n]. Values are checked, so a GPU tensor is waited for.
+    1 - C(n - c, k) / C(n, k), for n samples of which c are correct. It is computed as the product
+    of (n - c - j) / (n - j) over j < k, which cannot overflow.
+
+    num_samples, num_correct: ints or tensors of one shape (either may be a scalar)
+    -> tensor of that shape. k: an int.
+    ValueError: mismatched shapes, k < 1, k > n, c outside [0, n]. The check reads values, so it
+    waits for a GPU tensor.
     Source: Chen et al., arXiv 2107.03374 Eq. 1.
     """
     n, c = torch.as_tensor(num_samples), torch.as_tensor(num_correct)
     if n.dim() and c.dim() and n.shape != c.shape:
-        raise ValueError(f"num_correct must have the shape of num_samples, {tuple(n.shape)}, got {tuple(c.shape)}")
+        raise ValueError(
+            f"num_correct must have the shape of num_samples, {tuple(n.shape)}, "
+            f"got {tuple(c.shape)}"
+        )
     if (c < 0).any() or (c > n).any():
-        raise ValueError(f"num_correct must be in [0, num_samples={num_samples}], got {num_correct}")
+        raise ValueError(
+            f"num_correct must be in [0, num_samples={num_samples}], got {num_correct}"
+        )
     if k < 1 or (n < k).any():
         raise ValueError(f"k must be in [1, num_samples={num_samples}], got {k}")
     n, c = (x.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-1) for x in (n, c))
     j = torch.arange(k, device=n.device)
-    return 1 - ((n - c - j) / (n - j)).prod(dim=-1)  # one factor is 0 if fewer than k samples are wrong
+    return 1 - ((n - c - j) / (n - j)).prod(
+        dim=-1
+    )  # one factor is 0 if fewer than k samples are wrong
 
 
 def bootstrap_interval(values, level=0.95, draws=1000, seed=0):
-    """Percentile bootstrap interval (low, high) of a mean: how far it would move with other problems like these.
+    """Percentile bootstrap interval (low, high) of a mean over problems.
 
-    low, high = the (1 - level) / 2 and (1 + level) / 2 quantiles of `draws` means, each of P values drawn with replacement.
-    values: [P], one number per problem (its accuracy over several samples: problems are independent, samples of one are
-    not) -> two scalars. The draws have a generator of their own: equal arguments, equal interval. Equal values: both are it.
+    It says how far the mean would move with other problems of the same kind. low and high are the
+    (1 - level) / 2 and (1 + level) / 2 quantiles of `draws` means, each over P values drawn with
+    replacement.
+
+    values: [P], one number per problem, such as its accuracy over several samples (problems are
+    independent, samples of one problem are not) -> two scalars.
+    The draws have their own generator: equal arguments give equal intervals. If all values are
+    equal, both ends are that value.
     ValueError: values not [P] with P > 0, level outside (0, 1), draws < 1.
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
     """
@@ -39,18 +58,23 @@ def bootstrap_interval(values, level=0.95, draws=1000, seed=0):
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
     values = values.to(torch.promote_types(values.dtype, torch.float32))
-    picks = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(seed))
+    picks = torch.randint(
+        len(values), (draws, len(values)), generator=torch.Generator().manual_seed(seed)
+    )
     means = values[picks.to(values.device)].mean(1)
     return torch.quantile(means, (1 - level) / 2), torch.quantile(means, (1 + level) / 2)
 
 
 def is_looping(token_ids, max_period=512, min_repeats=4, min_tokens=64):
-    """Does a response end in an exact loop? Call it on truncated responses: most of those that never stop repeat.
+    """Whether a response ends in an exact loop. Most responses that never stop do.
 
-    True if for some period p <= max_period the last max(min_tokens, min_repeats p) tokens repeat with period p: at
-    least min_repeats rounds, the cut may fall anywhere in a round. A loop with a counter in it is not exact.
-    token_ids: [T], a tensor or a sequence of ints -> bool. Looks at the last max(min_tokens, min_repeats max_period)
-    tokens only (2048 by default). 64 tokens keep short runs (a table rule, 000...) from counting; too short: False.
+    True if, for some period p <= max_period, the last max(min_tokens, min_repeats p) tokens repeat
+    with period p: at least min_repeats rounds, and the cut may fall anywhere in a round. A loop
+    that contains a counter is not exact. min_tokens keeps short runs (a table rule, 000...) from
+    counting.
+
+    token_ids: [T], a tensor or a sequence of ints -> bool; False if it is too short. Only the last
+    max(min_tokens, min_repeats max_period) tokens are read (2048 by default).
     ValueError: wrong rank, max_period < 1, min_repeats < 2, min_tokens < 1.
     """
     if isinstance(token_ids, torch.Tensor) and token_ids.dim() != 1:
@@ -61,13 +85,13 @@ def is_looping(token_ids, max_period=512, min_repeats=4, min_tokens=64):
         raise ValueError(f"min_repeats must be at least 2, got {min_repeats}")
     if min_tokens < 1:
         raise ValueError(f"min_tokens must be at least 1, got {min_tokens}")
-    tail = token_ids[-max(min_tokens, min_repeats * max_period):]
+    tail = token_ids[-max(min_tokens, min_repeats * max_period) :]
     tail = torch.as_tensor(tail).tolist()
     for period in range(1, max_period + 1):
         span = max(min_tokens, min_repeats * period)
         if span > len(tail):
             return False
-        # One comparison rejects most periods; slices of a list compare at the speed of C, up to the first difference.
-        if tail[-1] == tail[-1 - period] and tail[-span:-period] == tail[period - span:]:
+        # The first comparison rejects most periods. Comparing list slices runs in C.
+        if tail[-1] == tail[-1 - period] and tail[-span:-period] == tail[period - span :]:
             return True
     return False
