@@ -2,129 +2,154 @@
 
     trick 1    A_i = (r_i - mean of its group) / (std of all rewards of the step + eps)
     trick 2    L   = sum over all response tokens of l_it / number of those tokens
-    where      l   = -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)    rho = pi_theta / pi_old
+    where      l   = -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)   rho = pi_theta / pi_old
 
-There is no critic, no KL term, no overlong filter and no dynamic sampling; each is one flag away.
-The formulas are pure functions in tricks.py. This file is everything else that learns, from top to
-bottom: config, policy (FSDP2), rollout, advantages, the PPO update, evaluation, the training loop.
-What a long run needs besides (data, graders, engines, checkpoints, logs) is in support/.
+There is no critic, no KL term, no overlong filter and no dynamic sampling. Each is one flag away.
+The formulas are pure functions in tricks.py. This file is everything else that learns:
+config, policy, rollout, PPO step, evaluation, loop. What a long run needs besides is in support/:
+data, graders, samplers, checkpoints, logs.
 
     torchrun lite_ppo.py                                  # a toy model; any machine, minutes
     torchrun --nproc-per-node 8 lite_ppo.py --model Qwen/Qwen3-4B-Base --train-data medium
 
-One idea carries the whole file: in the loss of a token, everything but rho is a constant. The
-advantage and the weight of every response are computed once per step, from all ranks, BEFORE
-anything is split. A weighted sum does not care how it is split, so neither the number of ranks nor
-the size of a micro-batch can change the gradient.
+One idea carries the file: in the loss of a token, everything but rho is a constant. The advantage
+and the weight of every token are computed once per step, from all ranks, BEFORE anything is split.
+A weighted sum does not depend on how it is split. So neither the number of ranks nor the size of
+a micro-batch can change the gradient.
+
+Start reading at train(), at the end. Then search for TRICK 1 and TRICK 2.
+Letters: N prompts, K responses to each, T tokens and R response tokens of a micro-batch.
 """
 
 import functools
-import heapq
 import math
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Iterator, Literal
+from typing import Any, Literal
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # for shared CPUs: see docs/operating.md
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+import torch.nn.functional as F
+from torch.distributed import fsdp
 
 import tricks
-from support import guard, launch, models, samplers
+from support import launch, models, samplers
+from support.actor import Actor
 from support.clock import clock
 from support.data import Problem, load_sets
 from support.logprobs import linear_logprobs
 from support.metrics import UpdateStats, check_gap, eval_metrics
+from support.packing import concatenate, plan_micro_batches
+from support.response import Response
 from support.rewards import Grader
 from support.run import Run
 from support.samplers import Sampling
-from support.util import compute_device, compute_dtype, gather, permutation, seed_for
+from support.util import compute_device, compute_dtype, permutation, seed_for
 
 # ---- 1. config -----------------------------------------------------------------------------------
 
+Preset = Literal["lite_ppo", "paper", "reinforce", "grpo", "dapo", "dr_grpo", "rloo"]
+
 
 @dataclass
-class Config:
-    """Lite PPO. A flag wins over the preset, the preset over the defaults.
+class Model:
+    """Model, data and reward."""
 
-    Without --model it trains an embedded toy model.
-    """
-
-    # model and data
-    preset: Literal["lite_ppo", "paper", "reinforce", "grpo", "dapo", "dr_grpo", "rloo"] = "lite_ppo"
-    model: str = "toy"  # folder or hub id; toy[:SIZE][:VARIANT] is the embedded one (support/toy.py)
-    train_data: str = ""  # FILE.jsonl, FILE.parquet, OWNER/NAME, the paper's easy|medium|hard, or toy
-    eval_data: tuple[str, ...] = ()  # held-out sets: as above, or math500 aime24 aime25 amc23 ...
+    preset: Preset = "lite_ppo"  # a bundle of flags, see docs/tricks.md
+    model: str = "toy"  # folder or hub id; toy[:SIZE][:VARIANT] is embedded, see support/toy.py
+    train_data: str = ""  # FILE.jsonl, FILE.parquet, hub OWNER/NAME, or easy, medium, hard
+    eval_data: tuple[str, ...] = ()  # held-out sets: as above, or math500 aime24 ...; NAME=SET
+    # the system message of every prompt; "" for none
     system_prompt: str = r"Please reason step by step, and put your final answer within \boxed{}."
     reward: str = "math"  # math, exact, or FILE.py:FUNCTION
-    reward_timeout: float = 10.0  # seconds per response, then its worker is killed: reward 0
+    reward_timeout: float = 10.0  # seconds per response; then its worker is killed, the reward is 0
     reward_workers: int = 0  # processes per rank; 0: CPU cores / ranks, at most 8
-    reward_memory_gib: float = 4.0  # of one worker; 0: no limit
-    max_failed_rewards: float = 0.5  # a larger share of responses without a verdict ends the run
-    reward_low: float = 0.0  # reward of a wrong response
-    reward_high: float = 1.0  # reward of a correct response
-    # rollout
+    reward_memory_gib: float = 4.0  # memory of one worker; 0: no limit
+    reward_low: float = 0.0  # reward of a wrong response; a correct one gets 1
+
+
+@dataclass
+class Rollout:
+    """Each step samples N x K responses."""
+
     prompts_per_step: int = 128  # N, over all ranks
     group_size: int = 8  # K responses to each prompt
-    max_prompt_tokens: int = 1024  # longer training prompts are left out
+    max_prompt_tokens: int = 1024  # longer training prompts are left out and counted
     max_new_tokens: int = 8192  # a response that hits this limit is "truncated"
     temperature: float = 1.0  # of sampling and of the trained log-probs
-    top_p: float = 1.0  # below 1, samples come from another distribution than the trained one
-    top_k: int = 0  # 0: off; else the same bias
-    # advantage: trick 1
-    advantage_mean: Literal["group", "batch", "none", "leave_one_out"] = "group"
-    advantage_std: Literal["group", "batch", "none"] = "batch"
-    advantage_eps: float = 1e-6
-    # loss: trick 2, and the options that the paper isolates
-    loss_level: Literal["token", "sequence", "constant"] = "token"
-    clip_low: float = 0.2
-    clip_high: float = 0.2  # above clip_low: "clip-higher" (DAPO: 0.28)
-    dual_clip: float = 0.0  # 0: off
-    kl_coef: float = 0.0  # weight of the k3 KL to the initial model; 0: no reference model in memory
-    tis_cap: float = 0.0  # truncated importance sampling; 0: off
-    overlong_filter: bool = False  # truncated responses leave the loss
-    overlong_buffer: float = 0.0  # soft overlong punishment over this last share of max_new_tokens
-    dynamic_sampling: bool = False  # replace groups that are all right or all wrong
-    dynamic_rounds: int = 4  # rollouts per step for that, at most
-    # optimizer
+    top_p: float = 1.0  # below 1 the samples do not follow the trained distribution (biased)
+    top_k: int = 0  # 0: off; otherwise biased in the same way
+
+
+@dataclass
+class Tricks:
+    """Lite PPO's two tricks are the defaults; the others are those that the paper isolates."""
+
+    advantage_mean: Literal["group", "batch", "none", "leave_one_out"] = "group"  # is subtracted
+    advantage_std: Literal["group", "batch", "none"] = "batch"  # divides; std of the raw rewards
+    loss_level: Literal["token", "sequence", "constant"] = "token"  # what the loss averages over
+    clip_low: float = 0.2  # the ratio may fall to 1 - clip_low
+    clip_high: float = 0.2  # the ratio may rise to 1 + clip_high; "clip-higher" is 0.28
+    dual_clip: float = 0.0  # bounds the loss at this ratio where the advantage is negative; 0: off
+    kl_coef: float = 0.0  # weight of the k3 KL to the initial model; 0: no reference model
+    tis_cap: float = 0.0  # truncated importance sampling, trainer over sampler; 0: off
+    overlong_filter: bool = False  # truncated responses leave the loss, not the mean and std
+    overlong_buffer: float = 0.0  # soft penalty over this last share of max_new_tokens; DAPO: 0.2
+    dynamic_sampling: bool = False  # replace groups that are all right or all wrong (DAPO)
+
+
+@dataclass
+class Optimizer:
+    """AdamW."""
+
     steps: int = 500  # rollouts
-    minibatches: int = 1  # optimizer steps per rollout; with 1 the ratio is 1 and nothing can clip
-    lr: float = 1e-6  # AdamW; constant after the warm-up
-    warmup_steps: int = 50
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    max_skipped_steps: int = 3  # rollouts in a row with a non-finite gradient that end the run
-    # system
+    minibatches: int = 1  # optimizer steps per rollout; with 1 the ratio is 1 and nothing clips
+    lr: float = 1e-6  # constant after the warm-up
+    warmup_steps: int = 50  # steps over which lr rises linearly from 0
+    weight_decay: float = 0.0  # decoupled
+    max_grad_norm: float = 1.0  # the gradient norm over all ranks is clipped to this
+
+
+@dataclass
+class System:
+    """Where, how fast and how safely it runs."""
+
     seed: int = 42  # prompts, samples and shuffles are functions of (seed, step, prompt)
-    sampler: Literal["auto", "vllm", "transformers"] = "auto"
+    sampler: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vllm where it runs
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 on GPUs
-    micro_batch_tokens: int = 16384  # per rank; changes memory and speed, never the gradient
-    activation_checkpointing: bool = True
-    shard_ranks: int = 0  # ranks that share one copy of the model; 0: all
+    micro_batch_tokens: int = 16384  # tokens of one forward and backward pass per rank
+    activation_checkpointing: bool = True  # recompute blocks in the backward pass: less memory
+    shard_ranks: int = 0  # ranks that share one copy of the model; 0: all; 8: one per machine of 8
     cpu_offload: bool = False  # parameters, gradients and optimizer state live in host memory
     max_num_seqs: int = 256  # sequences that the sampler decodes at once, per rank
     gpu_memory_utilization: float = 0.6  # share of the GPU that vLLM takes while it samples
     max_logprob_gap: float = 0.0  # nats between sampler and trainer; 0: 1e-3 (float32), 0.1 (bf16)
-    timeout_minutes: float = 30.0  # a phase without progress for so long ends the run
-    # evaluation and logs
-    eval_every: int = 20  # steps; also before the first and after the last one; 0: only those two
-    eval_samples: int = 4  # responses per problem
-    eval_pass_k: int = 4
+    timeout_minutes: float = 30.0  # the run ends when a rank makes no progress for so long
+
+
+@dataclass
+class Evaluation:
+    """Evaluation, logs and checkpoints."""
+
+    eval_every: int = 20  # steps; also before the first and after the last; 0: only those two
+    eval_samples: int = 4  # responses per problem: accuracy is their mean, pass@k has this k
     eval_size: int = 0  # only the first problems of each set; 0: all
-    eval_temperature: float = 1.0
+    eval_temperature: float = 1.0  # 0: greedy
     output_dir: str = ""  # default: runs/MODEL-PRESET-seedSEED-TIME
-    resume: str = "auto"  # from the newest checkpoint in --output-dir; never; or a checkpoint folder
+    resume: str = "auto"  # the newest checkpoint in output_dir, if any; or a checkpoint folder
     save_every: int = 0  # steps between checkpoints; 0: only the final model
-    background_save: bool = True  # train on while a checkpoint is written
-    keep_checkpoints: int = 2
-    samples_per_step: int = 8  # responses per step written to samples.jsonl
+    background_save: bool = True  # train on while a checkpoint is written; takes host memory
+    samples_per_step: int = 8  # responses of each step in samples.jsonl
+
+
+@dataclass
+class Config(Model, Rollout, Tricks, Optimizer, System, Evaluation):
+    """Lite PPO: group-mean, batch-std advantages and a token-level loss (arXiv 2508.08221)."""
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -132,135 +157,135 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(temperature=0.99, top_p=0.99, top_k=100),
     "reinforce": dict(advantage_mean="none", advantage_std="none", loss_level="sequence"),
     "grpo": dict(advantage_std="group", loss_level="sequence", kl_coef=0.04),
-    "dapo": dict(advantage_std="group", clip_high=0.28, dynamic_sampling=True,
-                 overlong_filter=True, overlong_buffer=0.2),
+    "dapo": dict(
+        advantage_std="group",
+        clip_high=0.28,
+        dynamic_sampling=True,
+        overlong_filter=True,
+        overlong_buffer=0.2,
+    ),
     "dr_grpo": dict(advantage_std="none", loss_level="constant"),
     "rloo": dict(advantage_mean="leave_one_out", advantage_std="none", loss_level="sequence"),
-}  # fmt: skip
+}
+
+DYNAMIC_ROUNDS = 4  # rollouts per step, at most, in search of informative groups
 
 
 # ---- 2. policy: FSDP2, packed forward ------------------------------------------------------------
 
 
 @dataclass
-class Response:
-    problem: Problem
-    token_ids: np.ndarray
-    logprobs: np.ndarray  # the sampler's
-    truncated: bool
-    text: str
-    score: float  # what the reward function said
-    failure: str = ""  # why it said nothing
-    seconds: float = 0.0  # that the verdict took
-
-
-@dataclass
 class MicroBatch:
     """Sequences laid end to end in one row of T tokens, without padding.
 
-    R of the tokens are response tokens; every field of the loss has one value for each of them.
+    R of the tokens are response tokens. Every field of the loss has one value for each of them.
     """
 
     token_ids: torch.Tensor  # [T] prompt and response, without the last token
     position_ids: torch.Tensor  # [T] restart at 0 with each sequence
     cu_seqlens: torch.Tensor  # [sequences + 1] int32, where each sequence starts
     lengths: list[int]  # of the sequences
-    predict: torch.Tensor  # [R] positions in the row whose hidden state predicts a response token
+    predict: torch.Tensor  # [R] positions whose hidden state predicts a response token
     targets: torch.Tensor  # [R] the response tokens
-    owner: torch.Tensor  # [R] index of the response in the step; -1 in a stand-in
-    advantages: torch.Tensor  # [R]
-    weights: torch.Tensor  # [R] of the token in the loss
+    response_index: torch.Tensor  # [R] place of the response in the step; -1 in a dummy
+    advantages: torch.Tensor  # [R] TRICK 1
+    weights: torch.Tensor  # [R] TRICK 2
     rollout_logprobs: torch.Tensor  # [R] the sampler's
     old_logprobs: torch.Tensor | None = None  # [R] the trainer's, before the update
     ref_logprobs: torch.Tensor | None = None  # [R] the initial model's
 
 
+DUMMY = Response(Problem({}, [0]), np.zeros(1), np.zeros(1), truncated=False, text="", score=0.0)
+
+
 def make_micro_batch(responses, indices, advantages, weights, device) -> MicroBatch:
-    """Pack some responses. Without any: a stand-in of one token and weight 0, since a rank that
-    skips a backward pass would leave the others waiting."""
-    parts = [(responses[i].problem.prompt_ids, responses[i].token_ids) for i in indices]
-    logprobs = [responses[i].logprobs for i in indices]
-    if not indices:
-        indices, parts, logprobs = [-1], [([0], [0])], [[0.0]]
-        advantages, weights = torch.zeros(1), torch.zeros(1)
-    lengths = [len(prompt) + len(response) - 1 for prompt, response in parts]
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    first = [start + len(prompt) - 1 for start, (prompt, _) in zip(starts, parts)]
+    """Pack the responses of these indices into one row.
 
-    def tensor(arrays, dtype):
-        return torch.from_numpy(np.concatenate(arrays).astype(dtype)).to(device)
+    Without any, pack a one-token dummy: every rank must run a backward pass, or the others hang.
+    advantages, weights: one per response of the step, and a last entry of 0, which the dummy takes.
+    """
+    chosen = [responses[i] for i in indices] or [DUMMY]
+    prompts = [r.problem.prompt_ids for r in chosen]
+    targets = [r.token_ids for r in chosen]
+    lengths = [len(p) + len(t) - 1 for p, t in zip(prompts, targets)]
+    starts = np.cumsum([0, *lengths])
+    first = [start + len(p) - 1 for start, p in zip(starts, prompts)]
+    response_index = np.repeat(indices or [-1], [len(t) for t in targets])
 
-    owner = tensor([np.full(len(response), i) for i, (_, response) in zip(indices, parts)], np.int64)
     return MicroBatch(
-        token_ids=tensor([[*prompt, *response[:-1]] for prompt, response in parts], np.int64),
-        position_ids=tensor([np.arange(n) for n in lengths], np.int64),
-        cu_seqlens=tensor([starts], np.int32),
+        token_ids=concatenate([[*p, *t[:-1]] for p, t in zip(prompts, targets)], device),
+        position_ids=concatenate([np.arange(n) for n in lengths], device),
+        cu_seqlens=concatenate([starts], device, np.int32),
         lengths=lengths,
-        predict=tensor([np.arange(a, b) for a, b in zip(first, starts[1:])], np.int64),
-        targets=tensor([response for _, response in parts], np.int64),
-        owner=owner,
-        advantages=advantages.to(device)[owner],
-        weights=weights.to(device)[owner],
-        rollout_logprobs=tensor(logprobs, np.float32),
+        predict=concatenate([np.arange(a, b) for a, b in zip(first, starts[1:])], device),
+        targets=concatenate(targets, device),
+        response_index=concatenate([response_index], device),
+        advantages=advantages[response_index].to(device),
+        weights=weights[response_index].to(device),
+        rollout_logprobs=concatenate([r.logprobs for r in chosen], device, np.float32),
     )
 
 
 def response_logprobs(model, batch: MicroBatch, temperature: float):
-    """(log-prob, entropy) of each response token, both [R]."""
+    """Log-prob and entropy of each response token, both [R]."""
     hidden = model.base_model(
         input_ids=batch.token_ids[None],
         position_ids=batch.position_ids[None],
         use_cache=False,
-        pack=batch,  # reaches models.packed_attention
+        micro_batch=batch,  # for models.packed_attention
     ).last_hidden_state[0, batch.predict]
     head = model.get_output_embeddings().weight
-    chunk = max(64, 2**26 // model.config.vocab_size)  # logits of 256 MiB exist at a time
+    chunk = max(64, 2**26 // model.config.vocab_size)  # 256 MiB of float32 logits at a time
     return linear_logprobs(hidden, head, batch.targets, temperature, chunk)
 
 
-@clock("start")  # a phase tells the watchdog that start-up makes progress
+def shard_model(model, cfg: Config, device: torch.device, trainable: bool) -> None:
+    """FSDP2: each block is gathered when it computes; gradients are averaged in float32."""
+    world = dist.get_world_size()
+    copy = cfg.shard_ranks or world  # ranks that share one copy of the weights
+    if copy == world:
+        mesh = dist.init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    else:  # hybrid sharding: each row of the mesh holds a whole copy
+        shape = (world // copy, copy)
+        mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    options = dict(
+        mesh=mesh,
+        mp_policy=fsdp.MixedPrecisionPolicy(compute_dtype(cfg.dtype), reduce_dtype=torch.float32),
+        offload_policy=fsdp.CPUOffloadPolicy() if cfg.cpu_offload else fsdp.OffloadPolicy(),
+        reshard_after_forward=True,
+    )
+    if cfg.activation_checkpointing and trainable:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for block in model.base_model.layers:
+        fsdp.fully_shard(block, **options)
+    fsdp.fully_shard(model, **options)
+    model.response_logprobs = functools.partial(response_logprobs, model)
+    # The method gathers the weights of the root module before it runs.
+    fsdp.register_fsdp_forward_method(model, "response_logprobs")
+
+
+@clock("start")  # a phase of its own: the watchdog sees that start-up makes progress
 def build_policy(cfg: Config, path: str, device: torch.device, trainable: bool = True):
     """The sharded model: float32 weights that compute in cfg.dtype."""
-    world, copy = dist.get_world_size(), cfg.shard_ranks or dist.get_world_size()
-    if copy < world:  # hybrid sharding: each row of the mesh holds one copy of the model
-        mesh = dist.init_device_mesh(
-            device.type, (world // copy, copy), mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = dist.init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-
-    def shard(model):
-        if cfg.activation_checkpointing and trainable:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.response_logprobs = functools.partial(response_logprobs, model)
-        options = dict(
-            mesh=mesh,
-            mp_policy=MixedPrecisionPolicy(compute_dtype(cfg), reduce_dtype=torch.float32),
-            offload_policy=CPUOffloadPolicy() if cfg.cpu_offload else OffloadPolicy(),
-            reshard_after_forward=True,
-        )
-        for block in model.base_model.layers:
-            fully_shard(block, **options)
-        fully_shard(model, **options)
-        register_fsdp_forward_method(model, "response_logprobs")  # its hooks gather the weights
-
     home = torch.device("cpu") if cfg.cpu_offload else device
+    shard = functools.partial(shard_model, cfg=cfg, device=device, trainable=trainable)
     model = models.build_model(path, torch.float32, "packed", home, shard)
     for module in model.modules():  # buffers are never offloaded
         module._buffers.update({name: b.to(device) for name, b in module._buffers.items()})
     state = model.state_dict()
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight")
-    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(path))  # each rank reads its slices
+    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(path))  # each rank reads its shards
     return model.train(trainable).requires_grad_(trainable)
 
 
 def full_weights(model, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Stream the parameters, each gathered from its shards in turn. Every rank must exhaust it."""
+    """Name and full tensor of every parameter, gathered one at a time. All ranks must exhaust it.
+
+    It includes a tied lm_head.weight: vLLM's CPU backend keeps its own copy.
+    """
     for name, parameter in model.state_dict().items():
         yield name, parameter.detach().to(dtype).full_tensor()
-
-
-# ---- 3. rollout ----------------------------------------------------------------------------------
 
 
 @clock("sync")
@@ -268,46 +293,39 @@ def sync_weights(sampler, policy, dtype: torch.dtype) -> None:
     sampler.load_weights(full_weights(policy, dtype))
 
 
+# ---- 3. rollout ----------------------------------------------------------------------------------
+
+
 def nth_problem(position: int, seed: int, size: int) -> int:
-    """The stream of prompts: endless, and each epoch is a new shuffle."""
+    """Index of a problem in the endless stream of prompts; each epoch is a new shuffle."""
     epoch, offset = divmod(position, size)
     return permutation(size, seed, "epoch", epoch)[offset]
 
 
-def sample(sampler, grader, tokenizer, problems, seeds, sampling, cfg) -> list[Response]:
-    """sampling.n graded responses to each problem, in order: the same list on every rank."""
-    mine = range(dist.get_rank(), len(problems), dist.get_world_size())
-    prompts = [problems[i].prompt_ids for i in mine]
-    with clock("rollout"):
-        groups = guard.interruptible(sampler.generate, prompts, [seeds[i] for i in mine], sampling)
-    with clock("reward"):
-        drafts = [(i, draft) for i, group in zip(mine, groups or []) for draft in group]
-        rows = [problems[i].row for i, _ in drafts]
-        texts = [tokenizer.decode(d.token_ids.tolist(), skip_special_tokens=True) for _, d in drafts]
-        verdicts = guard.interruptible(grader, texts, rows)
-        guard.leave_together()  # a signal to any rank ends the step here, on all of them
-        graded = gather([(i, *d, t, *v) for (i, d), t, v in zip(drafts, texts, verdicts)])
-        graded.sort(key=lambda item: item[0])
-        responses = [Response(problems[i], *rest) for i, *rest in graded]
-    guard.check_failures(responses, cfg.max_failed_rewards)
-    return responses
+def rollout(actor, train_set, cursor: int, cfg: Config) -> tuple[list[Response], int]:
+    """The N * K responses of a step, group by group, and the next position in the prompt stream.
 
-
-def rollout(sampler, grader, tokenizer, train_set, cursor, cfg) -> tuple[list[Response], int]:
-    """The N * K responses of a step, group by group, and the new place in the stream of prompts."""
-    N, K = cfg.prompts_per_step, cfg.group_size
+    With dynamic sampling, more prompts are tried until N groups have both right and wrong
+    responses, for at most DYNAMIC_ROUNDS rounds. Uninformative groups fill the remaining places.
+    """
+    N = cfg.prompts_per_step
+    K = cfg.group_size
     sampling = Sampling(K, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
-    kept, spare = [], []  # groups of K responses
-    for _ in range(cfg.dynamic_rounds if cfg.dynamic_sampling else 1):
-        places = range(cursor, cursor + N)
-        problems = [train_set[nth_problem(i, cfg.seed, len(train_set))] for i in places]
-        seeds = [seed_for(cfg.seed, "sample", i) for i in places]
-        responses = sample(sampler, grader, tokenizer, problems, seeds, sampling, cfg)
+    kept = []  # groups of K responses
+    spare = []
+    for _ in range(DYNAMIC_ROUNDS if cfg.dynamic_sampling else 1):
+        positions = range(cursor, cursor + N)
+        problems = [train_set[nth_problem(i, cfg.seed, len(train_set))] for i in positions]
+        seeds = [seed_for(cfg.seed, "sample", i) for i in positions]
+        responses = actor.sample(problems, seeds, sampling)
         cursor += N
-        scores = torch.tensor([r.score for r in responses]).view(N, K)
-        for i, informative in enumerate(tricks.informative_groups(scores)):
-            group = responses[i * K : (i + 1) * K]
-            (kept if informative or not cfg.dynamic_sampling else spare).append(group)
+        groups = [responses[i : i + K] for i in range(0, N * K, K)]
+        scores = torch.tensor([[r.score for r in group] for group in groups])
+        for group, informative in zip(groups, tricks.informative_groups(scores)):
+            if informative or not cfg.dynamic_sampling:
+                kept.append(group)
+            else:
+                spare.append(group)
         if len(kept) >= N:
             break
     return [r for group in (kept + spare)[:N] for r in group], cursor
@@ -317,9 +335,9 @@ def rollout(sampler, grader, tokenizer, train_set, cursor, cfg) -> tuple[list[Re
 
 
 def shape_rewards(responses: list[Response], cfg: Config) -> torch.Tensor:
-    """Scores -> rewards [N, K]; all shaping happens before any normalisation."""
+    """Scores to rewards [N, K]. All shaping happens before any normalisation."""
     scores = torch.tensor([r.score for r in responses])
-    rewards = tricks.scale_reward(scores, cfg.reward_low, cfg.reward_high)
+    rewards = tricks.scale_reward(scores, cfg.reward_low, 1.0)
     if cfg.overlong_buffer:
         lengths = torch.tensor([len(r.token_ids) for r in responses])
         buffer = math.ceil(cfg.overlong_buffer * cfg.max_new_tokens)
@@ -331,62 +349,44 @@ def compute_advantages(rewards: torch.Tensor, cfg: Config) -> torch.Tensor:
     """Rewards [N, K] of the whole step, all ranks -> advantages [N, K]."""
     if cfg.advantage_mean == "leave_one_out":
         return tricks.leave_one_out_advantages(rewards)
-    # LITE PPO, TRICK 1: the mean of the group, the standard deviation of the batch
-    return tricks.normalize_advantages(
-        rewards, mean=cfg.advantage_mean, std=cfg.advantage_std, eps=cfg.advantage_eps)
-
-
-def plan_micro_batches(lengths: list[int], budget: int, world: int) -> list[list[list[int]]]:
-    """Split sequences into micro-batches of at most `budget` tokens: plan[rank][i] = indices.
-
-    Longest first, each into the emptiest micro-batch. Every rank gets the same number of them,
-    some possibly empty; a sequence above the budget is a micro-batch of its own.
-    """
-    count = max(1, math.ceil(min(sum(lengths) / budget, len(lengths)) / world))
-    while True:
-        heap = [(0, i) for i in range(count * world)]
-        bins: list[list[int]] = [[] for _ in heap]
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            load, b = heapq.heappop(heap)
-            bins[b].append(i)
-            heapq.heappush(heap, (load + lengths[i], b))
-        if max(heap)[0] <= max([budget, *lengths]):
-            return [bins[rank::world] for rank in range(world)]
-        count += 1
+    # LITE PPO, TRICK 1: subtract the mean of the group, divide by the std of the whole batch
+    return tricks.normalize_advantages(rewards, mean=cfg.advantage_mean, std=cfg.advantage_std)
 
 
 def make_minibatches(responses, advantages, step: int, cfg: Config) -> list[list[MicroBatch]]:
     """Shuffle the step, split it into optimizer steps, and each into this rank's micro-batches.
 
-    Weights are fixed here, from the lengths of the whole mini-batch on all ranks.
+    The weights are computed here, from the lengths of the whole mini-batch on all ranks.
     """
-    advantages = advantages.flatten()
+    advantages = F.pad(advantages.flatten(), (0, 1))  # the last entry is the dummy's
     order = torch.tensor(permutation(len(responses), cfg.seed, "minibatches", step))
     minibatches = []
     for members in order.tensor_split(cfg.minibatches):
         chosen = [responses[i] for i in members]
         lengths = torch.tensor([len(r.token_ids) for r in chosen])
         keep = ~torch.tensor([r.truncated for r in chosen]) if cfg.overlong_filter else None
-        # LITE PPO, TRICK 2: every token of the mini-batch weighs the same, whoever holds it
-        weights = torch.zeros(len(responses))
+        # LITE PPO, TRICK 2: every token of the mini-batch weighs the same, on whatever rank it is
+        weights = torch.zeros(len(responses) + 1)
         weights[members] = tricks.loss_weights(lengths, cfg.loss_level, keep, cfg.max_new_tokens)
 
         sizes = [len(r.problem.prompt_ids) + len(r.token_ids) - 1 for r in chosen]
         plan = plan_micro_batches(sizes, cfg.micro_batch_tokens, dist.get_world_size())
-        minibatches.append([
-            make_micro_batch(responses, members[indices].tolist(), advantages, weights, compute_device())
-            for indices in plan[dist.get_rank()]
-        ])  # fmt: skip
+        mine = [members[indices].tolist() for indices in plan[dist.get_rank()]]
+        device = compute_device()
+        minibatches.append(
+            [make_micro_batch(responses, i, advantages, weights, device) for i in mine]
+        )
     return minibatches
 
 
 def token_losses(logprobs: torch.Tensor, batch: MicroBatch, cfg: Config) -> torch.Tensor:
-    """The PPO loss of each response token, [R]; the plain one and three options."""
-    losses = tricks.clipped_surrogate(
-        logprobs, batch.old_logprobs, batch.advantages, cfg.clip_low, cfg.clip_high, cfg.dual_clip or None)
+    """The PPO loss of each response token, [R], and its options."""
+    old = batch.old_logprobs
+    clips = (cfg.clip_low, cfg.clip_high, cfg.dual_clip or None)
+    losses = tricks.clipped_surrogate(logprobs, old, batch.advantages, *clips)
     if cfg.tis_cap:
-        losses = losses * tricks.truncated_importance_weights(
-            batch.old_logprobs, batch.rollout_logprobs, cfg.tis_cap)
+        sampled = batch.rollout_logprobs
+        losses = losses * tricks.truncated_importance_weights(old, sampled, cfg.tis_cap)
     if cfg.kl_coef:
         losses = losses + cfg.kl_coef * tricks.kl_estimate(logprobs, batch.ref_logprobs)
     return losses
@@ -395,10 +395,10 @@ def token_losses(logprobs: torch.Tensor, batch: MicroBatch, cfg: Config) -> torc
 @clock("logprobs")
 @torch.no_grad()
 def add_logprobs(policy, reference, minibatches, cfg: Config) -> None:
-    """Old log-probs, and the reference model's where there is a KL term.
+    """Add the old log-probs and, with a KL term, those of the reference model.
 
-    The first mini-batch needs no pass for its old ones: its weights are still those that sampled,
-    so update() takes them from its own forward pass.
+    The first mini-batch is left out: update() takes its old log-probs from its own forward pass,
+    because the weights have not moved yet.
     """
     for m, micro_batches in enumerate(minibatches):
         for batch in micro_batches:
@@ -410,15 +410,15 @@ def add_logprobs(policy, reference, minibatches, cfg: Config) -> None:
 
 @clock("update")
 def update(policy, optimizer, minibatches, step: int, cfg: Config) -> UpdateStats:
-    """One pass over a rollout: an optimizer step per mini-batch."""
-    world, stats = dist.get_world_size(), UpdateStats(cfg, policy.config.vocab_size)
+    """One optimizer step per mini-batch."""
+    world = dist.get_world_size()
+    stats = UpdateStats(cfg, policy.config.vocab_size)
     for group in optimizer.param_groups:
         group["lr"] = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
 
     for m, micro_batches in enumerate(minibatches):
         for batch in micro_batches:
-            # Hybrid sharding: the copies exchange the sum of all micro-batches, not every term.
-            policy.set_requires_all_reduce(batch is micro_batches[-1])
+            policy.set_requires_all_reduce(batch is micro_batches[-1])  # hybrid sharding: only once
             logprobs, entropy = policy.response_logprobs(batch, cfg.temperature)
             if batch.old_logprobs is None:
                 batch.old_logprobs = logprobs.detach()
@@ -428,9 +428,10 @@ def update(policy, optimizer, minibatches, step: int, cfg: Config) -> UpdateStat
             stats.add(batch, logprobs, entropy, losses, loss)
             clock.tick()
         if m == 0:  # the weights have not moved yet: were the responses sampled from them?
-            stats.metrics |= check_gap([b for part in minibatches for b in part], cfg)
+            every = [batch for part in minibatches for batch in part]
+            stats.metrics |= check_gap(every, cfg)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm).full_tensor()
-        if norm.isfinite():  # of all ranks, so that they skip together
+        if norm.isfinite():  # the same norm on all ranks, so that they skip together
             optimizer.step()
         optimizer.zero_grad()
         stats.norms.append(norm)
@@ -440,20 +441,19 @@ def update(policy, optimizer, minibatches, step: int, cfg: Config) -> UpdateStat
 # ---- 5. evaluation -------------------------------------------------------------------------------
 
 
-def evaluate(sampler, grader, tokenizer, sets, cfg: Config, run=None) -> dict[str, float]:
+def evaluate(actor, eval_sets, cfg: Config, run: Run) -> dict[str, float]:
     """Accuracy with its interval, and pass@k, for each held-out set.
 
-    The seeds are the same at every evaluation: differences come from the model.
+    The seeds are the same in every evaluation, so that differences come from the model.
     """
     metrics = {}
-    for name, problems in sets.items():
+    for name, problems in eval_sets.items():
         seeds = [seed_for(cfg.seed, "eval", name, i) for i in range(len(problems))]
         sampling = Sampling(cfg.eval_samples, cfg.max_new_tokens, cfg.eval_temperature)
-        responses = sample(sampler, grader, tokenizer, problems, seeds, sampling, cfg)
-        found = eval_metrics(responses, len(problems), cfg.eval_pass_k)
+        responses = actor.sample(problems, seeds, sampling)
+        found = eval_metrics(responses, len(problems))
         metrics |= {f"eval/{name}/{key}": value for key, value in found.items()}
-        if run:
-            run.tell_evaluation(name, found, responses)
+        run.log_evaluation(name, found, responses)
     return metrics
 
 
@@ -462,26 +462,28 @@ def evaluate(sampler, grader, tokenizer, sets, cfg: Config, run=None) -> dict[st
 
 def train(cfg: Config) -> dict[str, float]:
     """The whole run. Returns the metrics of the last step."""
-    device, dtype = compute_device(), compute_dtype(cfg)
+    device, dtype = compute_device(), compute_dtype(cfg.dtype)
     path = models.resolve_model(cfg.model)
     tokenizer, eos_ids = models.load_tokenizer(path, cfg.max_prompt_tokens + cfg.max_new_tokens)
     train_set, eval_sets, left_out = load_sets(tokenizer, cfg)
 
-    with Run(cfg, path, train_set, left_out) as run:  # folder, logs, checkpoints, signals
+    with Run(cfg, path, tokenizer, train_set, eval_sets) as run:  # folder, logs, checkpoints
+        run.print_banner(train_set, left_out)
         grader = run.close_at_end(Grader(cfg))
-        # The sampler before the policy: vLLM measures the GPU's free memory when it starts.
+        # The sampler comes before the policy: vLLM measures the GPU's free memory when it starts.
         sampler = samplers.make(run.sampler, cfg, path, eos_ids, device, dtype)
+        actor = Actor(sampler, tokenizer, grader)
         policy = build_policy(cfg, path, device)
         reference = build_policy(cfg, path, device, trainable=False) if cfg.kl_coef else None
-        optimizer = torch.optim.AdamW(
-            policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+        weights = policy.parameters()
+        optimizer = torch.optim.AdamW(weights, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer, sampler)
         sync_weights(sampler, policy, dtype)
 
-        for step in run.steps():  # step 0 is the model as it came: only evaluated
+        for step in run.steps():  # step 0 only evaluates the initial model
             if step > run.step:
                 with clock("step"):
-                    responses, cursor = rollout(sampler, grader, tokenizer, train_set, run.cursor, cfg)
+                    responses, cursor = rollout(actor, train_set, run.cursor, cfg)
                     sampler.sleep()
                     rewards = shape_rewards(responses, cfg)
                     advantages = compute_advantages(rewards, cfg)  # TRICK 1
@@ -489,14 +491,13 @@ def train(cfg: Config) -> dict[str, float]:
                     add_logprobs(policy, reference, minibatches, cfg)
                     stats = update(policy, optimizer, minibatches, step, cfg)
                     sync_weights(sampler, policy, dtype)
-                run.end_step(step, cursor, responses, rewards, advantages, stats, tokenizer)
+                run.end_step(step, cursor, responses, rewards, advantages, stats)
             metrics = dict(run.pending)
             if run.is_due(step, cfg.eval_every):
-                metrics |= evaluate(sampler, grader, tokenizer, eval_sets, cfg, run)
+                metrics |= evaluate(actor, eval_sets, cfg, run)
             run.log_step(step, metrics)
-            if cfg.save_every and step and run.is_due(step, cfg.save_every):
-                run.save()
-        run.finish(tokenizer, eval_sets)
+            run.save_if_due(step)
+        run.finish()
     return metrics
 
 

@@ -10,9 +10,9 @@ import shutil
 import sys
 import tempfile
 import zlib
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Iterator
 
 import numpy as np
 import torch

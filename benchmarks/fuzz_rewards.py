@@ -22,10 +22,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.rewards import Grader
@@ -223,7 +224,7 @@ class Statistics:
     def add(self, answer: Answer, verdict: tuple[float, str, float]) -> None:
         score, reason, seconds = verdict
         kind = answer.kind
-        timed_out = reason.startswith("no verdict")
+        timed_out = reason.startswith("no score within")
         self.answers[kind] += 1
         self.spent[kind] += seconds
         self.worst[kind] = max(self.worst[kind], seconds)

@@ -57,7 +57,7 @@ class Trial:
         self.kind, _ = samplers.choose_sampler(cfg.sampler)
         room = cfg.max_prompt_tokens + cfg.max_new_tokens
         self.tokenizer, eos_ids = load_tokenizer(path, room)
-        device, self.dtype = compute_device(), compute_dtype(cfg)
+        device, self.dtype = compute_device(), compute_dtype(cfg.dtype)
         import transformers.models.qwen3.modeling_qwen3  # noqa: F401  part of the process
 
         self.memory.note("process")

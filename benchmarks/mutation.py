@@ -21,9 +21,9 @@ import signal
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
 
 import hypothesis  # noqa: F401  imported once, before the processes fork
 import pytest

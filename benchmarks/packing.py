@@ -64,15 +64,17 @@ def draw_lengths(args: Args) -> list[int]:
 # ---- attention -----------------------------------------------------------------------------------
 
 
-def padded_attention(module, query, key, value, attention_mask, scaling=None, pack=None, **kwargs):
+def padded_attention(
+    module, query, key, value, attention_mask, scaling=None, micro_batch=None, **kwargs
+):
     """One kernel call. It pads the sequences and removes the padding, which is on the right."""
-    lengths = torch.tensor(pack.lengths, device=query.device)
+    lengths = torch.tensor(micro_batch.lengths, device=query.device)
     padded = []
     for x in (query, key, value):
-        sequences = x[0].transpose(0, 1).split(pack.lengths)
+        sequences = x[0].transpose(0, 1).split(micro_batch.lengths)
         padded.append(pad_sequence(sequences, batch_first=True).transpose(1, 2))
     out = F.scaled_dot_product_attention(*padded, is_causal=True, scale=scaling, enable_gqa=True)
-    real = torch.arange(max(pack.lengths), device=query.device) < lengths[:, None]
+    real = torch.arange(max(micro_batch.lengths), device=query.device) < lengths[:, None]
     return out.transpose(1, 2)[real][None], None
 
 
@@ -90,7 +92,9 @@ def attention_rows(batch, config, dtype, rounds: int) -> list[dict]:
     for i in range(rounds + 1):
         for name, attention in ATTENTIONS.items():
             start = time.perf_counter()
-            out, _ = attention(None, *inputs, None, scaling=config.head_dim**-0.5, pack=batch)
+            out, _ = attention(
+                None, *inputs, None, scaling=config.head_dim**-0.5, micro_batch=batch
+            )
             torch.autograd.grad(out.sum(), inputs)
             common.memory()  # waits for the GPU
             if i:  # the first round warms up
@@ -262,7 +266,7 @@ def build_policy(args: Args):
     AttentionInterface.register("packed_padded", padded_attention)
     policy.padded_logprobs = functools.partial(padded_logprobs, policy)
     register_fsdp_forward_method(policy, "padded_logprobs")
-    return policy, compute_dtype(cfg)
+    return policy, compute_dtype(cfg.dtype)
 
 
 def main(args: Args) -> None:

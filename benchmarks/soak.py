@@ -103,8 +103,8 @@ class Observer:
         self.alive = family(self.run.pid)
         self.counts.append((self.step, len(self.alive)))
         for i, pid in enumerate(self.alive):
-            # the judge is the child of the trainer, the workers are children of the judge
-            self.names.setdefault(pid, ("trainer", "judge", "worker")[min(i, 2)])
+            # the server is the child of the trainer, the workers are children of the server
+            self.names.setdefault(pid, ("trainer", "server", "worker")[min(i, 2)])
             number = open_files(pid)
             if number and self.step >= 0:
                 self.files[pid].append((self.step, number))

@@ -33,6 +33,7 @@ import tyro
 
 import lite_ppo
 from support import samplers
+from support.actor import Actor
 from support.clock import clock
 from support.data import load_sets
 from support.metrics import PEAK_FLOPS, train_flops
@@ -122,7 +123,7 @@ class Bench:
 
     def __init__(self, args: Args, folder: str, sampler: str):
         self.args, cfg = args, args.config
-        self.device, self.dtype = compute_device(), compute_dtype(cfg)
+        self.device, self.dtype = compute_device(), compute_dtype(cfg.dtype)
         self.sampler = self.grader = self.reference = None
         self.cursor = 0
         if sampler:
@@ -143,9 +144,8 @@ class Bench:
     def responses(self, step: int) -> list:
         cfg, args = self.args.config, self.args
         if self.sampler:
-            responses, self.cursor = lite_ppo.rollout(
-                self.sampler, self.grader, self.tokenizer, self.train_set, self.cursor, cfg
-            )
+            actor = Actor(self.sampler, self.tokenizer, self.grader)
+            responses, self.cursor = lite_ppo.rollout(actor, self.train_set, self.cursor, cfg)
             self.sampler.sleep()
             return responses
         lengths = [args.update_only - args.prompt_length] * (cfg.prompts_per_step * cfg.group_size)
@@ -268,7 +268,7 @@ def main(args: Args) -> None:
     rank, world = common.start_ranks()
     if rank == 0:
         kind = f"sampler {sampler}" if sampler else "update only"
-        where = f"{compute_device().type}, {compute_dtype(args.config)}"
+        where = f"{compute_device().type}, {compute_dtype(args.config.dtype)}"
         print(f"{args.shape}, {world} rank(s), {where}, {kind}", flush=True)
     with common.model_folder(args.shape, args.keep_model) as folder:
         bench = Bench(args, folder, sampler)

@@ -1,10 +1,9 @@
 """The appendix of results.md: held-out accuracy and training curves of every question."""
 
 import numpy as np
-from matplotlib.figure import Figure
-
 from drawing import COLOURS
 from effects import Rows, accuracies, correct_share, curve, interval, label_of
+from matplotlib.figure import Figure
 from tables import QUESTIONS, Question, drawn
 
 STYLES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 1, 2))]

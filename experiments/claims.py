@@ -1,7 +1,7 @@
 """What the paper claims, what the toy shows, and the signs that each verdict rests on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
 
 from effects import (
     ACCURACY,

@@ -4,9 +4,8 @@ import math
 import textwrap
 from dataclasses import dataclass
 
-from matplotlib.figure import Figure
-
 from effects import interval, show, sign, verdict
+from matplotlib.figure import Figure
 
 BLACK, ORANGE, SKY, GREEN, RED, BLUE, PINK, GREY = COLOURS = [
     "#000000",

@@ -8,9 +8,10 @@ mean over them, seed by seed. An interval is Student's, 95 %, over the seeds.
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable, Iterable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 

@@ -6,12 +6,9 @@ Every title is computed from the results, so it cannot contradict them.
 import statistics
 import textwrap
 from collections import Counter
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MultipleLocator
-
 from drawing import (
     ALIGNED,
     BASE,
@@ -74,6 +71,8 @@ from grid import (
     TOKEN_LIMITS,
     where,
 )
+from matplotlib.figure import Figure
+from matplotlib.ticker import MultipleLocator
 
 
 def pair_effects(rows: Rows, settings, baseline: str, environments, measure=ACCURACY) -> Effects:

@@ -39,9 +39,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from tqdm import tqdm
-
-import lite_ppo
 from definitions import DEFINITIONS, OtherStd
 from grid import (
     ISOLATED,
@@ -53,6 +50,9 @@ from grid import (
     questions,
     reduced_questions,
 )
+from tqdm import tqdm
+
+import lite_ppo
 from support import toy
 from support.logs import read_jsonl
 

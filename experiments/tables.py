@@ -21,9 +21,9 @@ from effects import (
     interval,
     label_of,
     level,
+    show,
     show_effect,
     show_level,
-    show,
 )
 from grid import (
     CLIPS,

@@ -1,14 +1,15 @@
-"""Checkpoints: sharded, written in the background, visible when whole, read on any number of ranks."""
+"""Checkpoints: sharded, written in the background, visible when complete, read by any number of
+ranks. Also the output folder that holds them."""
 
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import re
 import secrets
 import shutil
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,171 +17,263 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from filelock import FileLock, Timeout  # torch depends on it
+from filelock import FileLock, Timeout  # a dependency of torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from support.clock import clock
 from support.errors import RunError, UserError
 from support.guard import out_of_memory, rank_has_ended
-from support.models import model_dtype, stored_shapes
+from support.models import count_parameters, model_dtype
+from support.util import gather
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
+KEPT = 2  # checkpoints; older ones are deleted
+PATIENCE = 60.0  # seconds that a network file system may take to show a new file elsewhere
 
-# What may change when a run goes on: how it is computed, watched and saved, but not what is learned.
-MAY_CHANGE = set("""steps train_data eval_data eval_every eval_samples eval_pass_k eval_size eval_temperature output_dir resume save_every keep_checkpoints
-    background_save samples_per_step reward_timeout reward_workers reward_memory_gib max_failed_rewards micro_batch_tokens activation_checkpointing cpu_offload
-    shard_ranks max_num_seqs gpu_memory_utilization max_logprob_gap max_skipped_steps timeout_minutes""".split())
+# Flags that may change on resume: how the run computes, watches and saves, not what it learns.
+MAY_CHANGE = {
+    *("steps", "train_data", "output_dir", "resume", "save_every", "background_save"),
+    "samples_per_step",
+    *("eval_data", "eval_every", "eval_samples", "eval_size", "eval_temperature"),
+    *("reward_timeout", "reward_workers", "reward_memory_gib"),
+    *("micro_batch_tokens", "activation_checkpointing", "cpu_offload", "shard_ranks"),
+    *("max_num_seqs", "gpu_memory_utilization", "max_logprob_gap", "timeout_minutes"),
+}
 
 
 @dataclasses.dataclass
 class Position:
-    """Where a run stands; with weights and optimizer state all that its next step depends on."""
+    """Where a run stands. With weights and optimizer state, all that its next step depends on."""
 
     step: int = 0  # steps done
-    cursor: int = 0  # place in the stream of prompts
-    pending: dict[str, float] | None = None  # metrics of a step whose evaluation and log line are still to come
+    cursor: int = 0  # position in the stream of prompts
+    # Metrics of a step whose evaluation and log line are still to come.
+    pending: dict[str, float] | None = None
+
+
+# ---- the output folder ---------------------------------------------------------------------------
+
+
+def open_folder(cfg, resources: contextlib.ExitStack) -> Path:
+    """Make and lock the output folder. `resources` releases the lock, as does the process's end.
+
+    UserError if it cannot be written to, if another run uses it (two would overwrite each other's
+    files), or if a rank does not see what rank 0 writes there.
+    """
+    model = Path(cfg.model).name.replace(":", "-")
+    default = f"runs/{model}-{cfg.preset}-seed{cfg.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+    # Every rank takes the name and the token of rank 0.
+    folder, token = gather([(Path(cfg.output_dir or default), secrets.token_hex(8))])[0]
+    probe = folder / f".seen-{token}"
+    if not gather([lock_folder(folder, probe, resources)])[0]:
+        raise UserError(
+            f"--output-dir {folder}: another run uses it; wait for its end or give another folder"
+        )
+    end = time.monotonic() + PATIENCE
+    while not probe.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    blind = [rank for rank, sees in enumerate(gather([probe.exists()])) if not sees]
+    if blind:
+        raise UserError(
+            f"--output-dir {folder}: ranks {blind} do not see the files of rank 0; "
+            "give a folder on a file system that all machines share"
+        )
+    probe.unlink(missing_ok=True)
+    return folder
+
+
+def lock_folder(folder: Path, probe: Path, resources: contextlib.ExitStack) -> bool:
+    """Rank 0: make the folder, lock it and write the probe. False if another run holds the lock."""
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if dist.get_rank() == 0:
+            resources.callback(probe.unlink, missing_ok=True)
+            probe.touch()
+            with contextlib.suppress(NotImplementedError):  # a file system without locks
+                lock.acquire(timeout=0)
+                resources.callback(lock.release)
+    except Timeout:
+        return False
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: {error}") from None
+    return True
+
+
+def check_space(folder: Path, model: str, cfg) -> None:
+    """UserError if the final model and the checkpoints do not fit on the disk of `folder`."""
+    parameters = count_parameters(model)
+    final = parameters * model_dtype(model).itemsize
+    checkpoint = 12 * parameters  # float32: weights and two moments
+    count = 0
+    if cfg.save_every:
+        saves = -(-cfg.steps // cfg.save_every)
+        count = min(KEPT + 1, saves)  # the newest is complete before the oldest is deleted
+    need = final + count * checkpoint
+    free = shutil.disk_usage(folder).free
+    # Checkpoints of an earlier run, complete or partial, will be deleted.
+    reusable = sum(path.stat().st_size for path in folder.glob("*-*/*"))
+    if need <= free + reusable:
+        return
+    raise UserError(
+        f"--output-dir {folder}: {gib(free)} GiB free, and this run needs {gib(need - reusable)}: "
+        f"{gib(final)} for the final model and {gib(checkpoint)} for each of {count} checkpoints. "
+        "Make room, give another folder, or raise --save-every"
+    )
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+# ---- which checkpoint to resume from -------------------------------------------------------------
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}  # a user's checkpoint-best is none of ours
-    return sorted((path for path in found if found[path]), key=lambda path: int(found[path][1]))
+    """Complete checkpoints, oldest first. Other names, such as checkpoint-best, are not ours."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+", path.name):
+            found.append(path)
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def find_checkpoint(folder: Path, cfg, identity: dict[str, str]) -> Path | None:
-    """The checkpoint that this run goes on from, if any; its settings must be this run's, unless --resume names it.
+    """The checkpoint that this run continues, or None for a new run.
 
-    identity: what a run depends on besides its flags, such as its problems, by name.
+    identity: what a run depends on besides its flags, by name, such as its problems. UserError if
+    the checkpoint was made with other settings, unless --resume names it.
     """
     found = checkpoints(folder)
     if not found and (folder / "final").exists():
-        raise UserError(f"--output-dir {folder}: holds the final model of a run and no checkpoint to go on from; give another folder, or move it away")
-    if cfg.resume == "never" and found:
-        raise UserError(f"--resume never: --output-dir {folder} holds {found[-1].name}; give another folder")
-    saved = read_state(found[-1]) if found else {}
-    if cfg.resume not in ("auto", "never"):
-        path, goes_on = Path(cfg.resume), found and saved["config"]["resume"] == cfg.resume  # this run began there, was ended, and has come further
-        if not goes_on:
-            read_state(path)
-        if not found or found[-1].resolve() == path.resolve():
-            return path
-        if not goes_on:
-            raise UserError(f"--resume {cfg.resume}: --output-dir {folder} holds {found[-1].name}, another one; give another folder")
-    if not found:
-        return None
-    old, new = ({**config, **rest} for config, rest in ((saved["config"], saved["identity"]), (json.loads(json.dumps(dataclasses.asdict(cfg))), identity)))
-    changed = [f"{key}: {old.get(key)} -> {value}" for key, value in new.items() if key not in MAY_CHANGE and old.get(key) != value]
+        raise UserError(
+            f"--output-dir {folder}: holds the final model of a run and no checkpoint to resume "
+            "from; give another folder, or move it away"
+        )
+    newest = found[-1] if found else None
+    saved = read_state(newest) if newest else {}
+    if cfg.resume != "auto":
+        named = Path(cfg.resume)
+        # This run started from the named checkpoint, was stopped, and has newer checkpoints.
+        restarted = bool(newest) and saved["config"]["resume"] == cfg.resume
+        if not restarted:
+            read_state(named)
+        if not newest or newest.resolve() == named.resolve():
+            return named
+        if not restarted:
+            raise UserError(
+                f"--resume {cfg.resume}: --output-dir {folder} holds another checkpoint, "
+                f"{newest.name}; give another folder"
+            )
+    if newest:
+        check_settings(newest, saved, cfg, identity)
+    return newest
+
+
+def check_settings(path: Path, saved: dict, cfg, identity: dict[str, str]) -> None:
+    """UserError that lists the settings in which a checkpoint differs from this run."""
+    old = saved["config"] | saved["identity"]
+    new = json.loads(json.dumps(dataclasses.asdict(cfg))) | identity
+    changed = []
+    for key, value in new.items():
+        if key not in MAY_CHANGE and old.get(key) != value:
+            changed.append(f"{key}: {old.get(key)} -> {value}")
     if changed:
-        raise UserError(f"--output-dir {folder}: {found[-1].name} was made with other settings ({'; '.join(changed)}); "
-                        f"take those, another folder, or --resume {found[-1]} with another folder to go on from it with the new ones")  # fmt: skip
-    return found[-1]
+        raise UserError(
+            f"--output-dir {path.parent}: {path.name} has other settings ({'; '.join(changed)}). "
+            "Use those settings, or another folder. To continue from it with the new settings, "
+            f"give another folder and --resume {path}"
+        )
 
 
 def read_state(path: Path) -> dict:
-    """state.json of a checkpoint."""
+    """state.json of a checkpoint. UserError if there is none, or if it is damaged."""
     if not os.path.isfile(path / "state.json"):
-        raise UserError(f"--resume {path}: neither auto nor never nor a checkpoint folder (it would hold state.json)")
+        raise UserError(
+            f"--resume {path}: not a checkpoint folder (it has no state.json); "
+            "give one, or auto for the newest in --output-dir"
+        )
     try:
         state = json.loads((path / "state.json").read_text())
         if state["config"]["resume"] and state["identity"].items() and state["step"] >= 0:
             return state
         raise ValueError("incomplete")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a checkpoint of this version ({type(error).__name__}: {error}); move it away, or give another --output-dir") from None
-
-
-def open_folder(cfg, gather, held, patience: float = 60) -> Path:
-    """The output directory, made and locked. UserError if it cannot be written to, if another run is using it (two would lose each other's files),
-    or if a rank does not see what rank 0 writes there.
-
-    The lock ends with `held`, or with the process, however that ends. Network file systems get `patience` seconds to show a new file elsewhere.
-    """
-    label = f"runs/{Path(cfg.model).name.replace(':', '-')}-{cfg.preset}-seed{cfg.seed}-{datetime.now():%Y%m%d-%H%M%S}"
-    word, free = secrets.token_hex(8), True
-    folder, word = gather([(Path(cfg.output_dir or label), word)])[0]  # rank 0's clock and word
-    seen, lock = folder / f".seen-{word}", FileLock(folder / ".lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if dist.get_rank() == 0:
-            held.callback(seen.unlink, missing_ok=True)
-            seen.touch()  # can it be written to?
-            with contextlib.suppress(NotImplementedError):  # a file system without locks
-                lock.acquire(timeout=0)
-                held.callback(lock.release)
-    except Timeout:
-        free = False
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: {error}") from None
-    if not gather([free])[0]:
-        raise UserError(f"--output-dir {folder}: another run is using it; wait for its end, or give another folder")
-    end = time.monotonic() + patience
-    while not seen.exists() and time.monotonic() < end:
-        time.sleep(0.1)
-    if blind := [rank for rank, sees in enumerate(gather([seen.exists()])) if not sees]:
-        raise UserError(f"--output-dir {folder}: ranks {blind} do not see what rank 0 writes there; give a folder on a file system that all machines share")
-    seen.unlink(missing_ok=True)
-    return folder
-
-
-def check_space(folder: Path, model: str, cfg) -> None:
-    """An error before models load, if the final model and the checkpoints that will stand beside each other do not fit on the disk of `folder`."""
-    parameters = sum(map(math.prod, stored_shapes(model).values()))
-    stored = parameters * model_dtype(model).itemsize
-    count = min(cfg.keep_checkpoints + 1, -(-cfg.steps // cfg.save_every)) if cfg.save_every else 0  # the newest is whole before the oldest goes
-    need = stored + count * 12 * parameters  # float32: weights and two moments
-    free = shutil.disk_usage(folder).free
-    room = free + sum(path.stat().st_size for path in folder.glob("*-*/*"))  # an earlier run's checkpoints, whole and half-written, make way
-    if need > room:
-        gib = lambda size: f"{size / 2**30:.2f}"  # noqa: E731
         raise UserError(
-            f"--output-dir {folder}: {gib(free)} GiB free, and this run needs {gib(need - room + free)}: "
-            f"{gib(stored)} for the final model and {gib(12 * parameters)} for each of {count} checkpoints. "
-            "Make room, give another folder, a lower --keep-checkpoints or a higher --save-every"
-        )
+            f"{path}: not a checkpoint of this version ({type(error).__name__}: {error}); "
+            "move it away, or give another --output-dir"
+        ) from None
+
+
+# ---- writing and reading -------------------------------------------------------------------------
 
 
 class Checkpoints:
-    """Writes sharded checkpoints (safetensors, no pickle), in the background if asked, and shows each only when it is whole."""
+    """Writes sharded checkpoints (safetensors, no pickle), each visible only when it is complete.
 
-    def __init__(self, folder: Path, cfg, identity: dict[str, str], say):
-        self.folder, self.cfg, self.identity, self.say = folder, cfg, identity, say
-        self.group = dist.new_group(backend="gloo")  # the background thread must not mix its messages with the step's
+    With --background-save it writes in the background while training continues.
+    """
+
+    def __init__(self, folder: Path, cfg, identity: dict[str, str], print_line: Callable):
+        self.folder = folder
+        self.cfg = cfg
+        self.identity = identity
+        self.print = print_line
+        # A group of its own: the background thread must not mix its messages with the step's.
+        self.group = dist.new_group(backend="gloo")
         self.writing: Position | None = None
-        self.future, self.error, self.failures = None, None, 0
-        self.newest = -1  # step of the checkpoint that needs no second one
-        for path in folder.glob("partial*") if dist.get_rank() == 0 else ():
-            if re.fullmatch(r"partial(\.jsonl|-final|-(old-)?\d+)", path.name):  # of a run that was killed, and nobody else's
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.future = None
+        self.error: BaseException | None = None
+        self.failures = 0  # in a row
+        self.newest = -1  # step of the newest checkpoint
+        if dist.get_rank() == 0:
+            self.delete_partial()
         dist.barrier()
 
+    def delete_partial(self) -> None:
+        """Delete what a killed run left half-written. Other names are not ours."""
+        for path in self.folder.glob("partial*"):
+            if not re.fullmatch(r"partial(\.jsonl|-final|-(old-)?\d+)", path.name):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
     def save(self, position: Position, policy, optimizer) -> None:
-        """Copy the state and start to write it; without --background-save, return when it is written."""
+        """Copy the state and start to write it. Without --background-save, wait for the end.
+
+        Errors such as a full disk are reported by finish().
+        """
         self.finish()
-        self.writing, self.error, self.newest = dataclasses.replace(position), None, position.step
-        storage = dcp.HuggingFaceStorageWriter(str(self.folder / f"partial-{position.step}"), save_distributed=True)
-        options = dict(storage_writer=storage, process_group=self.group)
+        self.writing = dataclasses.replace(position)
+        self.error = None
+        self.newest = position.step
+        partial = self.folder / f"partial-{position.step}"
+        storage = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        write = dcp.async_save if self.cfg.background_save else dcp.save
         with clock("save"):
             try:
-                if self.cfg.background_save:
-                    self.future = dcp.async_save(flat_state(policy, optimizer)[0], **options)
-                else:
-                    dcp.save(flat_state(policy, optimizer)[0], **options)
-            except (Exception, CheckpointException) as error:  # a full disk, a lost mount; finish() tells
+                tensors, _, _ = flat_state(policy, optimizer)
+                result = write(tensors, storage_writer=storage, process_group=self.group)
+                self.future = result if self.cfg.background_save else None
+            except (Exception, CheckpointException) as error:
                 self.error = error
         if not self.cfg.background_save:
             self.finish()
 
     def finish(self, last: bool = False) -> None:
-        """Wait for the checkpoint that is being written, if any, and show it; every rank must call this.
+        """Wait for the checkpoint that is being written, if any, and show it. Collective.
 
-        One that cannot be written leaves the older ones alone and is told. The next one may succeed; if that fails too, or
-        none will follow (`last`), the run ends.
+        If it could not be written, the older ones stay and a warning is printed. The next one may
+        succeed. If that fails too, or none will follow (`last`), RunError.
         """
         if not self.writing:
             return
-        position, future = self.writing, self.future
-        self.writing = self.future = None
+        position = self.writing
+        future = self.future
+        self.writing = None
+        self.future = None
         with clock("save"):
             try:
                 if self.error:
@@ -188,62 +281,77 @@ class Checkpoints:
                 if future:
                     future.result()
                 if dist.get_rank() == 0:
-                    self._show(position)
+                    self.show(position)
             except (Exception, CheckpointException) as error:
                 self.error = error
         errors = [None] * dist.get_world_size()
         dist.all_gather_object(errors, self.error and cause(self.error))
         self.failures = self.failures + 1 if any(errors) else 0
         if any(errors):
-            self.newest = -1
-            if dist.get_rank() == 0:
-                shutil.rmtree(self.folder / f"partial-{position.step}", ignore_errors=True)
-            newest = [path.name for path in checkpoints(self.folder)][-1:] or ["none"]
-            text = f"checkpoint-{position.step} could not be written to {self.folder} ({next(filter(None, errors))}); the newest whole one: {newest[0]}"
-            if last or self.failures > 1:
-                raise RunError(f"{text}. Make room or give write permission there, then run the same command again")
-            self.say(f"warning: {text}. The run goes on, and tries again at the next --save-every")
+            self.report_failure(position.step, next(filter(None, errors)), last)
 
-    def _show(self, position: Position) -> None:
-        """The rename makes it visible: none is ever seen half-written."""
-        partial = self.folder / f"partial-{position.step}"
-        state = dataclasses.asdict(position) | {"config": dataclasses.asdict(self.cfg), "identity": self.identity}
+    def show(self, position: Position) -> None:
+        """Make a checkpoint visible by renaming it. Then delete the oldest."""
+        step = position.step
+        partial = self.folder / f"partial-{step}"
+        state = dataclasses.asdict(position)
+        state |= {"config": dataclasses.asdict(self.cfg), "identity": self.identity}
         (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        target, old = self.folder / f"checkpoint-{position.step}", self.folder / f"partial-old-{position.step}"
+        target = self.folder / f"checkpoint-{step}"
+        replaced = self.folder / f"partial-old-{step}"
         if target.exists():  # saved when a signal came during this step's evaluation
-            target.rename(old)
+            target.rename(replaced)
         partial.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-        for old in checkpoints(self.folder)[: -self.cfg.keep_checkpoints]:
+        shutil.rmtree(replaced, ignore_errors=True)
+        for old in checkpoints(self.folder)[:-KEPT]:
             shutil.rmtree(old)
+
+    def report_failure(self, step: int, reason: str, last: bool) -> None:
+        self.newest = -1
+        if dist.get_rank() == 0:
+            shutil.rmtree(self.folder / f"partial-{step}", ignore_errors=True)
+        complete = checkpoints(self.folder)
+        newest = complete[-1].name if complete else "none"
+        text = (
+            f"checkpoint-{step} could not be written to {self.folder} ({reason}); "
+            f"the newest complete one: {newest}"
+        )
+        if last or self.failures > 1:
+            raise RunError(
+                f"{text}. Make room or give write permission there, then run the same command again"
+            )
+        self.print(f"warning: {text}. The run continues and tries again at the next --save-every")
 
 
 def cause(error: BaseException) -> str:
-    """The error itself, out of the report about all ranks that torch wraps it in (which is no Exception)."""
+    """Type and message of an error. torch wraps it in a report about all ranks."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__}: {str(error)[:300]}"
 
 
 def flat_state(policy, optimizer) -> tuple[dict[str, torch.Tensor], Any, Any]:
-    """Weights and optimizer state as one flat dict of this rank's tensors (shared, not copied), and the two it comes from."""
+    """This rank's tensors as one flat dict (shared, not copied), then the two state dicts."""
     model, optim = get_state_dict(policy, optimizer)
-    tied = policy.config.tie_word_embeddings  # the head is the embedding: once is enough, and safetensors takes it only once
-    flat = {f"model.{name}": tensor for name, tensor in model.items() if not (tied and name == "lm_head.weight")}
-    return flat | {f"optimizer.{name}.{key}": tensor for name, state in optim["state"].items() for key, tensor in state.items()}, model, optim
+    flat = {f"model.{name}": tensor for name, tensor in model.items()}
+    if policy.config.tie_word_embeddings:  # safetensors takes a shared tensor only once
+        del flat["model.lm_head.weight"]
+    for name, state in optim["state"].items():
+        flat |= {f"optimizer.{name}.{key}": tensor for key, tensor in state.items()}
+    return flat, model, optim
 
 
 def load_checkpoint(path: Path, policy, optimizer) -> Position:
-    """Restore in place, on any number of ranks. Returns where the run stood."""
+    """Restore weights and optimizer in place, on any number of ranks. Returns the position."""
     flat, model, optim = flat_state(policy, optimizer)
     try:
         saved = json.loads((path / "state.json").read_text())
         dcp.load(flat, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     except (Exception, CheckpointException) as error:
         if out_of_memory(error) or rank_has_ended(error):
-            raise  # no fault of the checkpoint
-        raise UserError(f"{path}: does not load ({cause(error)}); move it away to go on from the one before") from error
+            raise  # the checkpoint is not the cause
+        raise UserError(
+            f"{path}: does not load ({cause(error)}); move it away to resume from the one before"
+        ) from error
     set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
     return Position(saved["step"], saved["cursor"], saved["pending"])
-
-

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of named phases, and where this process is right now."""
+"""Seconds and peak memory of named phases, and what this process is doing right now."""
 
 import contextlib
 import resource
@@ -10,28 +10,34 @@ import torch
 
 
 class Clock:
-    """Seconds and peak memory (GiB) of named phases: `with clock("rollout"): ...`
+    """Seconds and peak memory (GiB) of phases: `with clock("rollout"):` or `@clock("update")`.
 
-    The class itself knows what this process is doing right now; the watchdog and every message about a failure ask it.
+    The class attributes hold the current step and phase of the process. The watchdog and all
+    messages about failures read them.
     """
 
-    step, phase, ticks, since = 0, "start", 0, time.monotonic()  # of the process
+    step = 0
+    phase = "start"
+    ticks = 0  # every rank ticks at the same points: the lowest count is the rank that hangs
+    since = time.monotonic()  # time of the last tick
 
     def __init__(self):
         self.start(0)
 
     def start(self, step: int) -> None:
-        """A new step: nothing measured yet."""
+        """Begin a step: forget the measurements of the last one."""
         Clock.step = step
         self.seconds: dict[str, float] = defaultdict(float)
         self.memory: dict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
     def __call__(self, phase: str):
-        outer, Clock.phase, start = Clock.phase, phase, time.perf_counter()
+        outer = Clock.phase
+        Clock.phase = phase
         Clock.tick()
         reset_peak_memory()
-        yield  # an exception leaves the name of its phase behind, for the message
+        start = time.perf_counter()
+        yield  # after an exception the phase keeps its name, for the message
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds[phase] += time.perf_counter() - start
@@ -41,8 +47,9 @@ class Clock:
 
     @classmethod
     def tick(cls) -> None:
-        """The process has got on. Every rank ticks at the same places, so that ticks tell who is behind."""
-        cls.ticks, cls.since = cls.ticks + 1, time.monotonic()
+        """Record progress."""
+        cls.ticks += 1
+        cls.since = time.monotonic()
 
     @classmethod
     def where(cls) -> str:
@@ -55,17 +62,19 @@ clock = Clock()
 def reset_peak_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):  # Linux only; elsewhere the peak is that of the whole run
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
+        return
+    with contextlib.suppress(OSError):  # not Linux: peak_memory() is then that of the whole run
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
 
 
 def peak_memory() -> float:
-    """GiB: what torch held of this rank's GPU; without one, what this process held of the machine's memory."""
+    """Peak memory in GiB: torch's allocator on a GPU, resident memory of the process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     with contextlib.suppress(OSError):
         with open("/proc/self/status") as file:
-            return int(next(line for line in file if line.startswith("VmHWM")).split()[1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+            line = next(line for line in file if line.startswith("VmHWM"))
+            return int(line.split()[1]) / 2**20
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, others KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,137 +1,267 @@
-"""What a run tells: metrics.jsonl, samples.jsonl, clipped.jsonl, TensorBoard, curves.png, warnings."""
+"""The log files of a run: metrics.jsonl, samples.jsonl, clipped.jsonl, TensorBoard, curves.png."""
 
 import dataclasses
 import html
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-PANELS = {"reward": ["reward/mean"], "response length (tokens)": ["response/length_mean"], "entropy (nats per token)": ["policy/entropy"],
-          "clipped tokens (share)": ["policy/clip_low", "policy/clip_high"], "gradient norm": ["policy/grad_norm"]}  # fmt: skip
+from support.response import Response
 
+MAX_FAILURES = 20  # failed responses per step in samples.jsonl
+MOST_CLIPPED = 20  # tokens per side and step in clipped.jsonl
 
-def for_curves(row: dict) -> dict:
-    """What curves.png shows of a row; `warnings` needs no more of the first one."""
-    return {key: value for key, value in row.items() if key == "step" or key.endswith("/accuracy") or any(key in keys for keys in PANELS.values())}
+PANELS = {  # title of the panel in curves.png: {metric: label}
+    "reward": {"reward/mean": "mean"},
+    "response length (tokens)": {"response/length_mean": "mean"},
+    "entropy (nats per token)": {"policy/entropy": "mean"},
+    "share of clipped tokens": {
+        "policy/clip_low": "ratio below 1 - clip_low",
+        "policy/clip_high": "ratio above 1 + clip_high",
+    },
+    "gradient norm": {"policy/grad_norm": "before clipping"},
+}
+CURVES = {"step"} | {key for panel in PANELS.values() for key in panel}
 
 
 class Log:
-    """metrics.jsonl, samples.jsonl, clipped.jsonl, TensorBoard events and curves.png, written by rank 0."""
+    """The log files of a run, written by rank 0."""
 
     def __init__(self, folder: Path, cfg, position: Any):
         from torch.utils.tensorboard import SummaryWriter
 
-        last = position.step - (position.pending is not None)  # step in the metrics; a resumed run repeats what came after its checkpoint
-        self.folder, self.tensorboard = folder, SummaryWriter(str(folder), purge_step=last + 1)
-        self.rows, self.warned = [], set()
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-        for name, end in {"metrics.jsonl": last, "samples.jsonl": position.step, "clipped.jsonl": position.step}.items():
-            rows = [row for row in read_jsonl(folder / name) if row["step"] <= (last if "eval" in row else end)]
-            (folder / "partial.jsonl").write_text("".join(map(to_line, rows)), encoding="utf-8")
-            os.replace(folder / "partial.jsonl", folder / name)
-            if name == "metrics.jsonl":
-                self.rows = [*map(for_curves, rows[:-5]), *rows[-5:]]
+        # A resumed run writes again what came after its checkpoint: remove it first.
+        last = position.step - (position.pending is not None)  # step of the last line to keep
+        self.folder = folder
+        self.samples_per_step = cfg.samples_per_step
+        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=last + 1)
+        self.warned: set[str] = set()
+        config = json.dumps(dataclasses.asdict(cfg), indent=2)
+        (folder / "config.json").write_text(config + "\n")
+        rows = self.keep_lines("metrics.jsonl", last, last)
+        self.keep_lines("samples.jsonl", position.step, last)
+        self.keep_lines("clipped.jsonl", position.step, last)
+        self.rows = [*map(for_curves, rows[:-5]), *rows[-5:]]
+
+    def keep_lines(self, name: str, last: int, last_eval: int) -> list[dict]:
+        """Drop the lines after step `last` (`last_eval` for lines of an evaluation) of a log."""
+        rows = []
+        for row in read_jsonl(self.folder / name):
+            if row["step"] <= (last_eval if "eval" in row else last):
+                rows.append(row)
+        partial = self.folder / "partial.jsonl"
+        partial.write_text("".join(map(to_line, rows)), encoding="utf-8")
+        os.replace(partial, self.folder / name)
+        return rows
+
+    def append(self, name: str, rows: Iterable[dict]) -> None:
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.writelines(map(to_line, rows))
 
     def metrics(self, step: int, values: dict[str, float]) -> list[str]:
-        """Write them down. Returns warnings in words, each of them once a run."""
+        """Write the metrics of a step. Returns warnings, each at most once a run."""
         self.rows.append({"step": step} | values)
-        self.rows[-6:-5] = map(for_curves, self.rows[-6:-5])  # a long run must not grow by all that it has ever measured
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(to_line(self.rows[-1]))
+        # Only the last five rows stay whole in memory, so that a long run does not grow.
+        self.rows[-6:-5] = map(for_curves, self.rows[-6:-5])
+        self.append("metrics.jsonl", self.rows[-1:])
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
-        self.tensorboard.flush()  # its thread may lag behind; a killed run must not lack what came before its checkpoint
-        news = [text for text in warnings(self.rows) if text.split(":")[0] not in self.warned]
-        self.warned |= {text.split(":")[0] for text in news}
-        return news
+        self.tensorboard.flush()  # a killed run must have all events before its checkpoint
+        news = {name: text for name, text in warnings(self.rows).items() if name not in self.warned}
+        self.warned |= news.keys()
+        return [f"{name}: {text}" for name, text in news.items()]
 
-    def samples(self, step: int, responses: list, rewards: torch.Tensor, advantages: torch.Tensor, count: int) -> None:
-        """Some responses of the step, evenly spread, and those whose reward function failed."""
-        failed = [i for i, r in enumerate(responses) if r.failure][:20]
-        chosen = sorted({*np.linspace(0, len(responses) - 1, min(count, len(responses)), dtype=int).tolist(), *failed})
-        rows = [
-            dict(step=step, prompt=r.problem.row["problem"], response=r.text, reward=float(rewards.flatten()[i]), gold=r.problem.row["answer"],
-                 advantage=float(advantages.flatten()[i]), truncated=r.truncated, length=len(r.token_ids), failure=r.failure, **{"time/reward": r.seconds})
-            for i, r in ((i, responses[i]) for i in chosen)
-        ]  # fmt: skip
-        with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(map(to_line, rows))
-        for row in rows[:1]:  # TensorBoard renders Markdown and HTML: a model's text must be neither
-            self.tensorboard.add_text("sample", f"<pre>{html.escape(row['prompt'] + chr(10) * 2 + row['response'])}</pre>", step)
+    def samples(self, step: int, responses: list[Response], rewards, advantages) -> None:
+        """Write some responses of the step, evenly spread, and those without a score."""
+        failed = [i for i, r in enumerate(responses) if r.failure][:MAX_FAILURES]
+        count = min(self.samples_per_step, len(responses))
+        spread = np.linspace(0, len(responses) - 1, count, dtype=int).tolist()
+        rows = []
+        for i in sorted({*spread, *failed}):
+            row = {"step": step, "index": i} | sample_row(responses[i])
+            row["reward"] = float(rewards.flatten()[i])
+            row["advantage"] = float(advantages.flatten()[i])
+            rows.append(row)
+        if not rows:
+            return
+        self.append("samples.jsonl", rows)
+        # TensorBoard renders Markdown and HTML. A response is shown as plain text.
+        text = html.escape(rows[0]["prompt"] + "\n\n" + rows[0]["response"])
+        self.tensorboard.add_text("sample", f"<pre>{text}</pre>", step)
 
-    def failures(self, step: int, name: str, responses: list) -> None:
-        """Responses of an evaluation that got no verdict, at most 20."""
-        with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
-            for r in [r for r in responses if r.failure][:20]:
-                file.write(to_line({"step": step, "eval": name, "prompt": r.problem.row["problem"], "response": r.text, "gold": r.problem.row["answer"],
-                                    "truncated": r.truncated, "length": len(r.token_ids), "failure": r.failure, "time/reward": r.seconds}))  # fmt: skip
+    def failures(self, step: int, name: str, responses: list[Response]) -> None:
+        """Write the responses of an evaluation that got no score."""
+        failed = [r for r in responses if r.failure][:MAX_FAILURES]
+        if failed:
+            self.append(
+                "samples.jsonl", [{"step": step, "eval": name} | sample_row(r) for r in failed]
+            )
 
     def clipped(self, step: int, counts: torch.Tensor, tokenizer) -> None:
-        """The 20 tokens that were clipped most, by side, with counts [2, V]; no line where nothing was clipped."""
+        """Write the tokens that were clipped most, by side. counts: [2, V], low and high.
+
+        A step in which no token was clipped has no line.
+        """
         row = {"step": step}
-        for side, of_tokens in zip(("low", "high"), counts.cpu()):
-            number, ids = of_tokens.topk(min(20, len(of_tokens)))
-            row[side] = [[tokenizer.decode([i]), int(n)] for i, n in zip(ids.tolist(), number.tolist()) if n]
+        for side, tokens in zip(("low", "high"), counts.cpu()):
+            numbers, ids = tokens.topk(min(MOST_CLIPPED, len(tokens)))
+            pairs = zip(ids.tolist(), numbers.tolist())
+            row[side] = [[tokenizer.decode([i]), int(n)] for i, n in pairs if n]
         if row["low"] or row["high"]:
-            with open(self.folder / "clipped.jsonl", "a", encoding="utf-8") as file:
-                file.write(to_line(row))
+            self.append("clipped.jsonl", [row])
 
     def curves(self) -> None:
+        """Draw curves.png: held-out accuracy with its interval, and the panels above."""
         from matplotlib.figure import Figure
 
-        rows = self.rows
-        accuracies = sorted({key for row in rows for key in row if key.endswith("/accuracy")})
-        panels = {"held-out accuracy": accuracies} | PANELS
         figure = Figure(figsize=(12, 6), layout="constrained")
-        for axes, (title, keys) in zip(figure.subplots(2, 3).flat, panels.items()):
-            for key in keys:
-                points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-                axes.plot([x for x, _ in points], [y for _, y in points], marker="o" if key in accuracies else None, label=key)
+        figure.suptitle(self.folder.name)
+        accuracy, *others = figure.subplots(2, 3).flat
+        self.draw_accuracy(accuracy)
+        for axes, (title, lines) in zip(others, PANELS.items()):
+            for key, label in lines.items():
+                steps, values = self.points(key)
+                axes.plot(steps, values, label=label)
             axes.set(title=title, xlabel="step")
-            if len(keys) > 1:
+            axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+            if len(lines) > 1:
                 axes.legend()
         figure.savefig(self.folder / "curves.png", dpi=110)
 
+    def draw_accuracy(self, axes) -> None:
+        keys = sorted({key for row in self.rows for key in row if key.endswith("/accuracy")})
+        for key in keys:
+            steps, values = self.points(key)
+            _, low = self.points(f"{key}_low")
+            _, high = self.points(f"{key}_high")
+            (line,) = axes.plot(steps, values, marker="o", label=key.split("/")[1])
+            axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+        axes.set(title="held-out accuracy, 95 % interval", xlabel="step", ylim=(0, 1))
+        if keys:
+            axes.legend(loc="lower right")
+
+    def points(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a metric."""
+        rows = [row for row in self.rows if row.get(key) is not None]
+        return [row["step"] for row in rows], [row[key] for row in rows]
+
+
+def sample_row(response: Response) -> dict[str, Any]:
+    row = response.problem.row
+    return {
+        "prompt": row["problem"],
+        "response": response.text,
+        "gold": row["answer"],
+        "score": response.score,
+        "length": len(response.token_ids),
+        "truncated": response.truncated,
+        "failure": response.failure,
+        "time/reward": response.seconds,
+    }
+
+
+def sample_text(response: Response, limit: int = 400) -> str:
+    """A problem and a response as they are shown on the console, each at most `limit` long."""
+    verdict = (
+        "correct"
+        if response.score >= 1
+        else f"wrong, the answer is {response.problem.row['answer']}"
+    )
+    problem = shorten(response.problem.row["problem"], limit)
+    text = shorten(response.text, limit)
+    return f"  problem    {problem}\n  response   {text}   ({verdict})"
+
+
+def shorten(text: str, limit: int) -> str:
+    """Text on one line, its middle left out if it is longer than `limit`."""
+    text = " / ".join(line.strip() for line in text.splitlines() if line.strip())
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+
+def for_curves(row: dict) -> dict:
+    """The keys of a row that curves.png and warnings() need. All others are dropped."""
+    return {key: value for key, value in row.items() if key in CURVES or "/accuracy" in key}
+
 
 def to_line(row: dict) -> str:
-    """A line of JSON, which knows no NaN and no infinity: null."""
-    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+    """One line of JSON. NaN and infinity become null, because JSON has neither."""
+    finite = {}
+    for key, value in row.items():
+        bad = isinstance(value, float) and not math.isfinite(value)
+        finite[key] = None if bad else value
     return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a log; a line that was cut off when its run was killed is left out."""
+    """The rows of a log. A line that was cut off when its run was killed is left out."""
+    if not path.exists():
+        return []
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
-    return [row for row in rows if isinstance(row, dict) and "step" in row]
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows
 
 
-def warnings(rows: list[dict[str, float]]) -> list[str]:
-    """What the metrics of a run say about its health. Each text begins with its name and a colon."""
-    now, first, recent = rows[-1], next((row for row in rows if row.get("policy/entropy") is not None), None), rows[-5:]
+# ---- warnings ------------------------------------------------------------------------------------
+
+
+WARNINGS = {  # name: text
+    "failing rewards": "more than 5 % of the responses got no score. "
+    "Read samples.jsonl for the reasons",
+    "entropy collapse": "entropy is below 0.01 nats per token and a tenth of its first value, and "
+    "less than 80 % of the responses are correct. The responses to a prompt are nearly identical. "
+    "Lower --lr or raise --clip-high",
+    "entropy explosion": "entropy is more than three times its first value. "
+    "Lower --lr or --clip-high, or set --kl-coef",
+    "short responses": "responses have less than a tenth of their first length. "
+    "Read samples.jsonl: the reward may not need any reasoning",
+    "truncated responses": "more than half of the responses hit --max-new-tokens. Raise it, "
+    "or see --overlong-filter",
+    "nothing to learn": "all rewards of a step are equal, so every advantage is 0. "
+    "Read samples.jsonl, or choose other --train-data",
+}
+
+
+def warnings(rows: list[dict[str, float]]) -> dict[str, str]:
+    """What the metrics of a run say about its health: name and text of each warning."""
+    now = rows[-1]
+    first = next((row for row in rows if row.get("policy/entropy") is not None), None)
     if first is None or "reward/failed" not in now:  # step 0
-        return []
-    known = lambda key, law: all(row.get(key) is not None and math.isfinite(row[key]) and law(row[key]) for row in recent)  # noqa: E731
-    every = lambda key, law: len(recent) == 5 and known(key, law)  # noqa: E731  of the last five steps
+        return {}
+    entropy = last_five(rows, "policy/entropy")
+    correct = last_five(rows, "reward/correct")
+    lengths = last_five(rows, "response/length_mean")
+    truncated = last_five(rows, "response/truncated")
+    spread = last_five(rows, "reward/std")
+    unsolved = bool(correct) and max(correct) < 0.8  # a solved task needs no entropy
     found = {
-        "entropy collapse": (every("policy/entropy", lambda x: x < 0.01 and x < 0.1 * first["policy/entropy"]),
-                             "below 0.01 nats per token and a tenth of the first step's: samples hardly differ. On a hard task: a lower --lr, or --clip-high"),
-        "entropy explosion": (every("policy/entropy", lambda x: x > 3 * first["policy/entropy"] + 0.5),
-                              "three times the first step's: the policy is losing its way. A lower --lr or --clip-high, or --kl-coef"),
-        "short responses": (every("response/length_mean", lambda x: x < 0.1 * first["response/length_mean"]),
-                            "a tenth of the first step's length: look at samples.jsonl; the reward may be had without reasoning"),
-        "truncated responses": (every("response/truncated", lambda x: x > 0.5), "more than half hit --max-new-tokens: raise it, or see --overlong-filter"),
-        "nothing to learn": (every("reward/std", lambda x: x == 0),
-                             "all rewards of the step are equal, so every advantage is 0: other --train-data, or look at samples.jsonl for the reason"),
-        "failing rewards": (now["reward/failed"] > 0.05, f"{now['reward/failed']:.0%} of the responses got no verdict: reasons in samples.jsonl"),
-    }  # fmt: skip
-    return [f"{name}: {text}" for name, (true, text) in found.items() if true]
+        "failing rewards": now["reward/failed"] > 0.05,
+        "entropy collapse": unsolved
+        and entropy
+        and max(entropy) < min(0.01, 0.1 * first["policy/entropy"]),
+        "entropy explosion": entropy and min(entropy) > 3 * first["policy/entropy"] + 0.5,
+        "short responses": lengths and max(lengths) < 0.1 * first["response/length_mean"],
+        "truncated responses": truncated and min(truncated) > 0.5,
+        "nothing to learn": spread and max(spread) == 0,
+    }
+    return {name: WARNINGS[name] for name, holds in found.items() if holds}
+
+
+def last_five(rows: list[dict], key: str) -> list[float]:
+    """A metric in the last five rows; [] if one of them lacks it or has no finite number."""
+    values = [row.get(key) for row in rows[-5:]]
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return known if len(known) == 5 else []

@@ -1,8 +1,11 @@
-"""A run: its folder, where it stands, what it logs, when it saves, how it ends."""
+"""One run: its folder, its position, what it prints and logs, when it saves, how it ends."""
 
 import contextlib
 import math
+import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -17,144 +20,286 @@ from support.checkpoints import (
     open_folder,
 )
 from support.clock import clock
-from support.data import problems_id
+from support.data import Problem, problems_id
 from support.errors import RunError, Stopped, UserError
-from support.logs import Log
-from support.metrics import NOT_FINITE, rollout_metrics
-from support.models import save_model
+from support.logs import Log, sample_text
+from support.metrics import NOT_FINITE, rollout_metrics, speed_metrics
+from support.models import count_parameters, save_model
+from support.response import Response
 from support.rewards import reward_id
 from support.util import compute_device, compute_dtype, gather
 
+MAX_SKIPPED = 3  # rollouts in a row with a skipped optimizer step end the run
+
 
 class Run:
-    """`with Run(...) as run:` holds workers, lock and signals, and lets go of them however it ends.
+    """`with Run(...) as run:` holds the output folder, its lock, signal handlers and workers.
 
-    A signal ends it with a checkpoint: nothing of the step in progress has touched the weights.
+    It releases them when the block ends, for whatever reason. A signal ends the run with a
+    checkpoint of the last whole step: the step in progress has not touched the weights.
     """
 
-    def __init__(self, cfg, path: str, train_set: list, left_out: str):
-        self.cfg, self.path, self.began, self.held = cfg, path, time.time(), contextlib.ExitStack()
-        self.main, self.bad_steps = dist.get_rank() == 0, 0
-        self.say = tqdm.write if self.main else lambda text: None
-        self.sampler, reason = samplers.choose_sampler(cfg.sampler)
-        self.identity = {"training problems": problems_id(train_set), "sampler in use": self.sampler,
-                         "dtype in use": str(compute_dtype(cfg)), "reward file": reward_id(cfg.reward)}  # fmt: skip
-        with contextlib.ExitStack() as held:
-            self.folder = open_folder(cfg, gather, held)
+    def __init__(self, cfg, path: str, tokenizer, train_set: list[Problem], eval_sets: dict):
+        self.cfg = cfg
+        self.path = path
+        self.tokenizer = tokenizer
+        self.eval_sets = eval_sets
+        self.began = time.time()
+        self.main = dist.get_rank() == 0
+        self.skipped_in_a_row = 0
+        self.bar = None
+        self.saver = None
+        self.sampler, self.sampler_reason = samplers.choose_sampler(cfg.sampler)
+        self.identity = {
+            "training problems": problems_id(train_set),
+            "sampler in use": self.sampler,
+            "dtype in use": str(compute_dtype(cfg.dtype)),
+            "reward file": reward_id(cfg.reward),
+        }
+        with contextlib.ExitStack() as resources:
+            self.folder = open_folder(cfg, resources)
+            # Rank 0 decides: a network file system may show older files to other ranks.
             self.checkpoint = gather([find_checkpoint(self.folder, cfg, self.identity)])[0]
             check_space(self.folder, path, cfg)
-            self.held = held.pop_all()
-        self.say(f"model {cfg.model}, {len(train_set)} training problems (left out: {left_out}), "
-                 f"{dist.get_world_size()} rank(s), {compute_device().type}, {compute_dtype(cfg)}")  # fmt: skip
-        self.say(f"sampler {self.sampler}: {reason}")
+            self.resources = resources.pop_all()
+        self.signals = contextlib.ExitStack()  # restores the signal handlers
+
+    def print(self, text: str) -> None:
+        """Print on rank 0, above the progress bar."""
+        if self.main:
+            tqdm.write(text)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            with self.resources:
+                if kind is Stopped and self.saver:
+                    self.save_before_exit()
+        finally:
+            # A failed rank keeps its handlers: the launcher sends SIGTERM at once, and that must
+            # not end the process before it has printed the reason.
+            if kind in (None, Stopped) or dist.get_world_size() == 1:
+                self.signals.close()
+
+    def close_at_end(self, resource: Any) -> Any:
+        self.resources.callback(resource.close)
+        return resource
+
+    # ---- start -----------------------------------------------------------------------------------
+
+    def print_banner(self, train_set: list[Problem], left_out: str) -> None:
+        """What will run, and where its files go."""
+        cfg = self.cfg
+        ranks = dist.get_world_size()
+        dtype = str(compute_dtype(cfg.dtype)).removeprefix("torch.")
+        held_out = ", ".join(f"{name} ({len(set)})" for name, set in self.eval_sets.items())
+        responses = cfg.prompts_per_step * cfg.group_size
+        device = compute_device().type.replace("cuda", "GPU").replace("cpu", "CPU")
+        left_out = "" if left_out == "none" else f" ({left_out} left out)"
+        lines = [
+            f"model      {cfg.model}, {count_parameters(self.path):,} parameters",
+            f"data       {len(train_set):,} training problems{left_out}; "
+            f"held out: {held_out or 'none'}",
+            f"training   {cfg.steps} steps of {cfg.prompts_per_step} prompts x {cfg.group_size} "
+            f"responses = {responses}, {cfg.minibatches} optimizer step(s) each",
+            f"machine    {ranks} {'process' if ranks == 1 else 'processes'}, {device}, {dtype}",
+            f"sampler    {self.sampler} ({self.sampler_reason})",
+            f"output     {self.folder}",
+        ]
+        self.print("\n".join(lines))
         if cfg.top_p < 1 or cfg.top_k:
-            self.say("warning: top-p and top-k sample from another distribution than the trained one; ratios and log-prob gaps are off by the mass cut away")
+            self.print(
+                "warning: with --top-p or --top-k the samples do not follow the trained "
+                "distribution; ratios and log-prob gaps are biased"
+            )
         if cfg.minibatches == 1:
-            self.say("note: with one optimizer step per rollout the ratio is 1 and no clip can bind; --minibatches 2 or more changes that")
-
-    # where it stands
-
-    step = property(lambda self: self.position.step)
-    cursor = property(lambda self: self.position.cursor)
-    pending = property(lambda self: self.position.pending)
+            self.print(
+                "note: with --minibatches 1 the ratio is always 1 and no clip can bind; "
+                "use 2 or more to clip"
+            )
 
     @clock("start")
     def restore(self, policy, optimizer, sampler) -> None:
-        """The newest checkpoint, or the state before step 1."""
-        self.policy, self.optimizer, self.engine = policy, optimizer, sampler
-        cfg, checkpoint = self.cfg, self.checkpoint
-        self.position = load_checkpoint(checkpoint, policy, optimizer) if checkpoint else Position(pending={})
-        if self.step > cfg.steps:
-            raise UserError(f"--steps {cfg.steps}: {checkpoint} has {self.step} steps behind it")
-        if checkpoint:
-            self.say(f"resumed from {checkpoint}, {self.step} of {cfg.steps} steps done")
-        self.saver = Checkpoints(self.folder, cfg, self.identity, self.say)
-        self.saver.newest = self.step if checkpoint and checkpoint.parent == self.folder else -1
+        """Load the newest checkpoint, if any. Then open logs and checkpoints."""
+        self.policy = policy
+        self.optimizer = optimizer
+        self.engine = sampler
+        cfg = self.cfg
+        self.position = Position(pending={})  # a new run begins with the evaluation of step 0
+        if self.checkpoint:
+            self.position = load_checkpoint(self.checkpoint, policy, optimizer)
+            if self.step > cfg.steps:
+                raise UserError(
+                    f"--steps {cfg.steps}: {self.checkpoint} already has {self.step} steps; "
+                    "give a larger number"
+                )
+            self.print(f"resumed from {self.checkpoint}, {self.step} of {cfg.steps} steps done")
+        self.saver = Checkpoints(self.folder, cfg, self.identity, self.print)
+        if self.checkpoint and self.checkpoint.parent == self.folder:
+            self.saver.newest = self.step
         self.log = Log(self.folder, cfg, self.position) if self.main else None
 
-    def steps(self):
-        """Steps that are still to do or, after a signal during its evaluation, to report."""
-        guard.install_signals(self.held)  # until here nothing can be lost
-        self.bar = self.held.enter_context(tqdm(initial=self.step, total=self.cfg.steps, disable=not self.main, unit="step", dynamic_ncols=True))
-        for step in range(self.step + (self.pending is None), self.cfg.steps + 1):
+    # ---- position --------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.position.step
+
+    @property
+    def cursor(self) -> int:
+        """Position in the stream of prompts."""
+        return self.position.cursor
+
+    @property
+    def pending(self) -> dict[str, float] | None:
+        """Metrics of a step whose evaluation and log line are still to come."""
+        return self.position.pending
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are still to do.
+
+        After a signal during an evaluation, the first one is a step that is only to be evaluated.
+        """
+        guard.install_signals(self.signals)  # before this point there is nothing to save
+        first = self.step + (self.pending is None)
+        for step in range(first, self.cfg.steps + 1):
             clock.start(step)
+            if step > self.step and not self.bar:
+                self.open_bar()
             yield step
 
+    def open_bar(self) -> None:
+        self.bar = tqdm(
+            initial=self.step,
+            total=self.cfg.steps,
+            disable=not self.main,
+            unit="step",
+            dynamic_ncols=True,
+            leave=False,
+        )
+        self.resources.callback(self.bar.close)
+
     def is_due(self, step: int, every: int) -> bool:
+        """True at the first step, at the last one, and at every `every`-th between."""
         return step in (0, self.cfg.steps) or bool(every) and step % every == 0
 
-    # a step
+    # ---- a step ----------------------------------------------------------------------------------
 
-    def end_step(self, step, cursor, responses, rewards, advantages, stats, tokenizer) -> None:
-        """The weights have moved: from here on a checkpoint holds this step."""
-        metrics = stats.reduce(responses) | {"policy/lr": self.optimizer.param_groups[0]["lr"]}
+    def end_step(self, step: int, cursor: int, responses, rewards, advantages, stats) -> None:
+        """Record the step: its weights are updated, so a checkpoint made now holds it."""
+        metrics = stats.reduce(responses)
+        metrics = rollout_metrics(responses, rewards) | metrics
+        metrics |= speed_metrics(responses, clock, self.policy.config)
+        metrics["policy/lr"] = self.optimizer.param_groups[0]["lr"]
         metrics["rollout/responses"] = (cursor - self.cursor) * self.cfg.group_size
-        self.position = Position(step, cursor, rollout_metrics(responses, rewards, clock, self.policy.config, dist.get_world_size()) | metrics)
-        self.saver.finish()  # what is half-written may fill the disk for a while
-        if self.main:
-            self.log.samples(step, responses, rewards, advantages, self.cfg.samples_per_step)
-            self.log.clipped(step, stats.clipped, tokenizer)
+        self.position = Position(step, cursor, metrics)
+        self.saver.finish()  # before the logs: a partial checkpoint may fill the disk
+        if self.log:
+            self.log.samples(step, responses, rewards, advantages)
+            self.log.clipped(step, stats.clipped, self.tokenizer)
         self.check_skipped(step, metrics["policy/skipped"], responses)
         self.bar.update()
 
-    def check_skipped(self, step, skipped, responses) -> None:
-        self.bad_steps = self.bad_steps + 1 if skipped else 0
-        broken = [i for i, r in enumerate(responses) if r.failure == NOT_FINITE]
-        blame = (f"responses {broken[:10]} of the step, in {self.folder}/samples.jsonl" if broken
-                 else "every loss is finite, so the backward pass has overflowed")  # fmt: skip
-        if skipped:
-            self.say(f"warning: step {step}: {skipped} optimizer step(s) skipped, the gradient is not finite; {blame}")
-        if self.bad_steps >= self.cfg.max_skipped_steps:
-            raise RunError(f"no finite gradient in {self.bad_steps} rollouts in a row (--max-skipped-steps); {blame}")
+    def check_skipped(self, step: int, skipped: int, responses: list[Response]) -> None:
+        """Warn of skipped optimizer steps. RunError after MAX_SKIPPED rollouts in a row."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if not skipped:
+            return
+        bad = [i for i, r in enumerate(responses) if r.failure == NOT_FINITE]
+        reason = "every loss is finite, so the backward pass overflowed"
+        if bad:
+            reason = (
+                f"responses {bad[:10]} of the step are the cause, see {self.folder}/samples.jsonl"
+            )
+        self.print(
+            f"warning: step {step}: {skipped} optimizer step(s) skipped, "
+            f"the gradient is not finite; {reason}"
+        )
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise RunError(f"no finite gradient in {MAX_SKIPPED} rollouts in a row; {reason}")
 
-    def log_step(self, step, metrics) -> dict:
-        """The log line of a step, with its evaluation if it had one."""
-        self.position.pending = None
-        if self.main:
-            for warning in self.log.metrics(step, metrics):
-                self.say(f"warning: step {step}: {warning}")
-            if (step and step % 20 == 0) or step == self.cfg.steps:
-                self.log.curves()
-            shown = dict(reward="reward/mean", length="response/length_mean", entropy="policy/entropy")
-            self.bar.set_postfix({name: f"{metrics.get(key, 0):.3g}" for name, key in shown.items()})
-        guard.tidy()
-        return metrics
-
-    def tell_evaluation(self, name, found, responses) -> None:
+    def log_evaluation(self, name: str, found: dict, responses: list[Response]) -> None:
+        """Print and log the evaluation of one held-out set."""
         if found["failed"]:
-            self.say(f"warning: step {clock.step}: {found['failed']:.1%} of the responses to {name} got no verdict and count as wrong: reasons in samples.jsonl")
+            self.print(
+                f"warning: step {clock.step}: {found['failed']:.1%} of the responses to {name} "
+                "got no score and count as wrong; see samples.jsonl for the reasons"
+            )
         if self.log:
             self.log.failures(clock.step, name, responses)
-        self.say(f"step {clock.step:4d}  {name}: accuracy {found['accuracy']:.3f} [{found['accuracy_low']:.3f}, {found['accuracy_high']:.3f}]  "
-                 f"pass@{self.cfg.eval_pass_k} {found['pass_at_k']:.3f}  length {found['length_mean']:.0f}")  # fmt: skip
+        self.print(
+            f"step {clock.step:4d}  {name}: accuracy {found['accuracy']:.3f} "
+            f"[{found['accuracy_low']:.3f}, {found['accuracy_high']:.3f}]  "
+            f"pass@{self.cfg.eval_samples} {found['pass_at_k']:.3f}  "
+            f"length {found['length_mean']:.0f}"
+        )
+        if clock.step in (0, self.cfg.steps) and name == next(iter(self.eval_sets)):
+            self.print(sample_text(responses[0]))
 
-    # the end
+    def log_step(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the log line of a step, with its evaluation if it had one."""
+        self.position.pending = None
+        if self.log:
+            for warning in self.log.metrics(step, metrics):
+                self.print(f"warning: step {step}: {warning}")
+            if (step and step % 20 == 0) or step == self.cfg.steps:
+                self.log.curves()
+        if self.bar and "reward/mean" in metrics:
+            shown = {
+                "reward": f"{metrics['reward/mean']:.3f}",
+                "length": f"{metrics['response/length_mean']:.0f}",
+                "entropy": f"{metrics['policy/entropy']:.3g}",
+            }
+            self.bar.set_postfix(shown)
+        guard.tidy()
+
+    # ---- the end ---------------------------------------------------------------------------------
 
     def save(self) -> None:
         self.saver.save(self.position, self.policy, self.optimizer)
 
-    def finish(self, tokenizer, sets) -> None:
+    def save_if_due(self, step: int) -> None:
+        every = self.cfg.save_every
+        if every and step and self.is_due(step, every):
+            self.save()
+
+    def finish(self) -> None:
+        """Write the final model and print the summary."""
         self.saver.finish(last=True)
-        save_model(self.policy, tokenizer, self.path, self.folder / "final")
-        for name, problems in sets.items() if self.main else ():
-            before, after = (row.get(f"eval/{name}/accuracy", math.nan) for row in (self.log.rows[0], self.log.rows[-1]))
-            self.say(f"{name}: accuracy {before:.3f} -> {after:.3f} ({len(problems)} problems x {self.cfg.eval_samples} samples, temperature {self.cfg.eval_temperature:g})")
-        self.say(f"{time.time() - self.began:.0f} s; final model, metrics.jsonl, samples.jsonl, curves.png and TensorBoard events are in {self.folder}")
+        save_model(self.policy, self.tokenizer, self.path, self.folder / "final")
+        if self.bar:
+            self.bar.close()
+        if self.log:
+            self.print_summary()
         self.engine.close()
 
-    def close_at_end(self, thing):
-        self.held.callback(thing.close)
-        return thing
+    def print_summary(self) -> None:
+        cfg = self.cfg
+        for name, problems in self.eval_sets.items():
+            key = f"eval/{name}/accuracy"
+            before = self.log.rows[0].get(key, math.nan)
+            after = self.log.rows[-1].get(key, math.nan)
+            self.print(
+                f"{name}: accuracy {before:.3f} -> {after:.3f} ({len(problems)} problems x "
+                f"{cfg.eval_samples} samples, temperature {cfg.eval_temperature:g})"
+            )
+        self.print(
+            f"{time.time() - self.began:.0f} s. In {self.folder}: final/ (the model), curves.png, "
+            "metrics.jsonl, samples.jsonl, tensorboard/"
+        )
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        with self.held:
-            if kind is Stopped and hasattr(self, "saver"):
-                self.saver.finish()
-                if self.step and (self.pending is not None or self.step != self.saver.newest):
-                    self.save()
-                    self.saver.finish(last=True)
-                self.say(f"ended by a signal after step {self.step}; the same command with --output-dir {self.folder} goes on from there")
-                self.engine.close()
+    def save_before_exit(self) -> None:
+        """After a signal: a checkpoint of the last whole step, unless there is one."""
+        self.saver.finish()
+        if self.step and (self.pending is not None or self.step != self.saver.newest):
+            self.save()
+            self.saver.finish(last=True)
+        self.print(
+            f"stopped by a signal after step {self.step}. To continue, run the same command with "
+            f"--output-dir {self.folder}"
+        )
+        sys.stdout.flush()
+        self.engine.close()

@@ -1,15 +1,18 @@
-"""Two engines that sample responses, behind one small interface: generate, load_weights, sleep, close.
+"""Two engines that sample responses: vLLM and transformers.
 
-    vllm           in this process, beside the trainer; the real one
-    transformers   plain batched decoding, wherever torch runs; what an installation without vLLM uses
+    vllm           in this process, beside the trainer; fast
+    transformers   batched decoding without vLLM, on any device that torch supports
 
-Every call that depends on the version of vLLM stands in VllmSampler (tried with 0.32). Weights always come from the
+Both have the methods generate, load_weights, sleep and close. The weights always come from the
 trainer, as a stream of (name, full tensor); no engine reads them from disk.
+
+transformers and vLLM are imported inside functions, because the imports take seconds.
 """
 
 import functools
 import os
-from typing import Iterator, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,184 +22,344 @@ from support.clock import clock
 from support.errors import UserError
 from support.models import build_model
 
+Weights = Iterator[tuple[str, torch.Tensor]]
+
 
 class Sampling(NamedTuple):
-    n: int  # responses per prompt; response k draws with the prompt's seed + k
+    n: int  # responses per prompt; response k is drawn with the seed of the prompt + k
     max_new_tokens: int
-    temperature: float
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: float  # 0: always the most likely token
+    top_p: float = 1.0  # 1: off
+    top_k: int = 0  # 0: off
 
 
 class Sample(NamedTuple):
-    token_ids: np.ndarray  # [length] int32, the end-of-sequence token included
-    logprobs: np.ndarray  # [length] float32, the sampler's: after temperature, top-p and top-k
-    truncated: bool  # ended by the length limit, as the sampler tells it
-
-
-CPU_CACHE = 2**30  # bytes of keys and values at a time, where no GPU sets the limit
+    token_ids: np.ndarray  # [length] int32, with the end-of-sequence token
+    logprobs: np.ndarray  # [length] float32, after temperature, top-p and top-k
+    truncated: bool  # ended by the length limit
 
 
 def cache_bytes(config, dtype: torch.dtype) -> int:
     """Bytes of keys and values per token."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * dtype.itemsize
+    head_dim = getattr(config, "head_dim", None)
+    if not head_dim:
+        head_dim = config.hidden_size // config.num_attention_heads
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    return numbers * dtype.itemsize
+
+
+# ---- transformers --------------------------------------------------------------------------------
+
+MAX_CACHE_BYTES = 2**30  # keys and values of one batch
+
+
+class RoomyUpdate:
+    """The update() of a cache layer that keeps spare room for further tokens.
+
+    The layer of transformers copies all keys and values for each new token. This one writes into a
+    buffer; `keys` and `values` are views of its filled part.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.buffers: dict[str, torch.Tensor] = {}
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs):
+        """Append keys and values [B, H_kv, new tokens, D]. Returns all of them."""
+        if not self.is_initialized:
+            return super().update(keys, values)
+        self.keys = self.append("keys", self.keys, keys)
+        self.values = self.append("values", self.values, values)
+        return self.keys, self.values
+
+    def append(self, name: str, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Write `new` behind `old` in the buffer. Returns a view of both."""
+        start = old.shape[2]
+        end = start + new.shape[2]
+        buffer = self.buffers.get(name)
+        # A new buffer at the start, after rows were selected, and when the old one is full.
+        if buffer is None or len(buffer) != len(old) or buffer.shape[2] < end:
+            spare = max(32, start // 2)
+            buffer = old.new_empty(*old.shape[:2], end + spare, old.shape[3])
+            buffer[:, :, :start] = old
+            self.buffers[name] = buffer
+        buffer[:, :, start:end] = new
+        return buffer[:, :, :end]
+
+
+@functools.cache
+def roomy_layer_class() -> type:
+    """The cache layer of transformers with RoomyUpdate.
+
+    A class statement at the top of the file would import transformers.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    return type("RoomyLayer", (RoomyUpdate, DynamicLayer), {})
 
 
 def roomy_cache(config):
-    """transformers' growing cache, but with spare room: it would copy all keys and values for each new token."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    class RoomyLayer(DynamicLayer):
-        spare: dict[str, torch.Tensor] = {}
-
-        def update(self, key, value, *args, **kwargs):
-            if not self.is_initialized:
-                return super().update(key, value)
-            for name, new in (("keys", key), ("values", value)):
-                old, buffer = getattr(self, name), self.spare.get(name)
-                n, m = old.shape[2], new.shape[2]
-                if buffer is None or len(buffer) != len(old) or buffer.shape[2] < n + m:  # full, or rows were dropped
-                    buffer = old.new_empty(*old.shape[:2], n + m + max(32, n // 2), old.shape[3])
-                    buffer[:, :, :n] = old
-                    self.spare = self.spare | {name: buffer}
-                buffer[:, :, n : n + m] = new
-                setattr(self, name, buffer[:, :, : n + m])
-            return self.keys, self.values
+    """An empty cache with spare room, for any model of transformers."""
+    from transformers.cache_utils import DynamicCache
 
     cache = DynamicCache()
-    cache.layers = [RoomyLayer() for _ in range(config.num_hidden_layers)]
+    cache.layers = [roomy_layer_class()() for _ in range(config.num_hidden_layers)]
     return cache
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """torch's attention with grouped heads under a mask, too: transformers would repeat keys and values for it."""
-    causal = attention_mask is None and query.shape[2] > 1
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scaling, enable_gqa=True)
+    """Attention with grouped heads, as transformers calls it.
+
+    query [B, H, T, D], key and value [B, H_kv, S, D], attention_mask None or [B, 1, T, S] ->
+    [B, T, H, D]. With a mask, transformers' own function would copy keys and values for each head.
+    """
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        is_causal=attention_mask is None and query.shape[2] > 1,
+        scale=scaling,
+        enable_gqa=True,
+    )
     return out.transpose(1, 2), None
 
 
-class TransformersSampler:
-    """Batched decoding with a key-value cache, wherever torch runs, on a copy of the weights of its own.
+class DecoderState:
+    """The model's state in the middle of a batch: cache, mask, positions and next logits.
 
-    Each response draws from its own random stream, so that it does not depend on the batch that it is decoded in.
+    B is the number of responses in the batch; T is the number of tokens so far.
     """
 
-    def __init__(self, cfg, path: str, eos_ids: list[int], device: torch.device, dtype: torch.dtype):
+    def __init__(self, model, prompts: list[list[int]], n: int):
+        """Read the prompts once, then repeat the state for the n responses of each prompt."""
+        longest = max(map(len, prompts))
+        padded = [[0] * (longest - len(p)) + p for p in prompts]  # on the left, masked
+        valid = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+        self.model = model
+        self.cache = roomy_cache(model.config)
+        self.mask = torch.tensor(valid, device=model.device)  # [B, T]
+        self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        self.forward(torch.tensor(padded, device=model.device))
+        self.cache.batch_repeat_interleave(n)
+        self.mask = self.mask.repeat_interleave(n, 0)
+        self.positions = self.positions[:, -1:].repeat_interleave(n, 0)  # [B, 1]
+        self.logits = self.logits.repeat_interleave(n, 0)  # [B, V]
+
+    def forward(self, token_ids: torch.Tensor) -> None:
+        """Read tokens [B, new tokens]. Sets the logits of the next token."""
+        out = self.model(
+            input_ids=token_ids,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.logits = out.logits[:, -1]
+
+    def append(self, token_ids: torch.Tensor) -> None:
+        """Read one more token per response, [B]."""
+        self.mask = F.pad(self.mask, (0, 1), value=1)
+        self.positions = self.positions + 1
+        self.forward(token_ids[:, None])
+
+    def keep(self, chosen: torch.Tensor) -> None:
+        """Drop all responses but those that are chosen, [B] bool. Copies the cache."""
+        self.cache.batch_select_indices(chosen.nonzero()[:, 0])
+        self.mask = self.mask[chosen]
+        self.positions = self.positions[chosen]
+
+
+class TransformersSampler:
+    """Batched decoding with a key-value cache and an own copy of the weights.
+
+    Each response draws from its own random stream. So it does not depend on the other responses
+    of its batch.
+    """
+
+    def __init__(
+        self, cfg, path: str, eos_ids: list[int], device: torch.device, dtype: torch.dtype
+    ):
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
 
         AttentionInterface.register("grouped", grouped_attention)
         AttentionMaskInterface.register("grouped", sdpa_mask)
         self.model = build_model(path, dtype, "grouped", device).eval()
-        self.eos_ids, self.device, self.max_num_seqs = torch.tensor(eos_ids, device=device), device, cfg.max_num_seqs
+        self.eos_ids = torch.tensor(eos_ids, device=device)
+        self.max_num_seqs = cfg.max_num_seqs
 
-    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, weights: Weights) -> None:
+        """Copy the trainer's weights."""
         own = self.model.state_dict()
         for name, tensor in weights:
             own[name].copy_(tensor)
 
     def sleep(self) -> None:
-        """Nothing to free: the next rollout needs the copy."""
+        """Free memory for the update. Nothing to do: the next rollout needs the copy."""
 
-    close = sleep
+    def close(self) -> None:
+        """Nothing to end."""
 
-    def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[list[Sample]]:
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # similar lengths together: less padding
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling
+    ) -> list[list[Sample]]:
+        """sampling.n samples for each prompt, in order. seeds: one per prompt."""
+        # Prompts of similar lengths share a batch: less padding.
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         results: list[list[Sample]] = [[] for _ in prompts]
         while order:
-            tokens = sampling.n * (len(prompts[order[0]]) + sampling.max_new_tokens)  # of the cache, for one prompt of this batch
-            fit = max(1, min(self.max_num_seqs // sampling.n, CPU_CACHE // (tokens * cache_bytes(self.model.config, self.model.dtype))))
-            batch, order = order[:fit], order[fit:]
-            for i, samples in zip(batch, self._decode([prompts[i] for i in batch], [seeds[i] for i in batch], sampling)):
+            size = self.batch_size(len(prompts[order[0]]), sampling)
+            batch = order[:size]
+            order = order[size:]
+            groups = self.decode([prompts[i] for i in batch], [seeds[i] for i in batch], sampling)
+            for i, samples in zip(batch, groups):
                 results[i] = samples
         return results
 
+    def batch_size(self, longest: int, sampling: Sampling) -> int:
+        """The number of prompts in a batch, at least 1. longest: the longest prompt in tokens."""
+        tokens = sampling.n * (longest + sampling.max_new_tokens)
+        bytes_per_prompt = tokens * cache_bytes(self.model.config, self.model.dtype)
+        by_count = self.max_num_seqs // sampling.n
+        return max(1, min(by_count, MAX_CACHE_BYTES // bytes_per_prompt))
+
     @torch.inference_mode()
-    def _decode(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> Iterator[list[Sample]]:
-        n, limit, longest = sampling.n, sampling.max_new_tokens, max(map(len, prompts))
-        full = functools.partial(torch.tensor, device=self.device)
-        ids = full([[0] * (longest - len(p)) + p for p in prompts])  # padding on the left, masked
-        mask = full([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        place = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = roomy_cache(self.model.config)
-        out = self.model(input_ids=ids, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits = out.logits[:, -1].repeat_interleave(n, 0)
-        cache.batch_repeat_interleave(n)  # one pass over a prompt serves its n responses
-        mask, place = mask.repeat_interleave(n, 0), place[:, -1:].repeat_interleave(n, 0)
-        uniform = torch.stack([  # a number in [0, 1) for each token that may be drawn
-            torch.rand(limit, generator=torch.Generator().manual_seed(seed + k)) for seed in seeds for k in range(n)
-        ]).to(self.device)  # fmt: skip
-        tokens, logprobs = torch.zeros_like(uniform, dtype=torch.int32), torch.zeros_like(uniform)
-        lengths, truncated = torch.zeros(len(uniform), dtype=torch.long), torch.ones(len(uniform), dtype=torch.bool)
-        rows = torch.arange(len(uniform), device=self.device)  # responses in the batch
-        going = torch.ones_like(rows, dtype=torch.bool)  # those of them that have not ended
+    def decode(
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling
+    ) -> list[list[Sample]]:
+        """generate() for one batch."""
+        state = DecoderState(self.model, prompts, sampling.n)
+        limit = sampling.max_new_tokens
+        uniform = uniform_numbers(seeds, sampling.n, limit).to(self.model.device)  # [B, limit]
+        tokens = torch.zeros_like(uniform, dtype=torch.int32)
+        logprobs = torch.zeros_like(uniform)
+        lengths = torch.zeros(len(uniform), dtype=torch.long)
+        truncated = torch.ones(len(uniform), dtype=torch.bool)
+        rows = torch.arange(len(uniform), device=uniform.device)  # responses in `state`
+        running = torch.ones_like(rows, dtype=torch.bool)  # those that have not ended
         for t in range(limit):
-            token, logprob = draw(logits, uniform[rows, t], sampling)
-            tokens[rows, t], logprobs[rows, t] = token.int(), logprob
-            lengths[rows[going].cpu()] = t + 1
-            going = going & ~torch.isin(token, self.eos_ids)
-            truncated[rows.cpu()] = going.cpu()
-            if t + 1 == limit or not going.any():
+            token, logprob = draw(state.logits, uniform[rows, t], sampling)
+            tokens[rows, t] = token.int()
+            logprobs[rows, t] = logprob
+            lengths[rows[running].cpu()] = t + 1
+            running = running & ~torch.isin(token, self.eos_ids)
+            truncated[rows.cpu()] = running.cpu()
+            if t + 1 == limit or not running.any():
                 break
-            if going.sum() < 0.75 * len(rows):  # not at each end of a response, for it copies the cache
-                cache.batch_select_indices(going.nonzero()[:, 0])
-                rows, token, mask, place, going = rows[going], token[going], mask[going], place[going], going[going]
-            mask, place = F.pad(mask, (0, 1), value=1), place + 1
-            out = self.model(input_ids=token[:, None], attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True)
-            logits = out.logits[:, -1]
-        tokens, logprobs = tokens.cpu().numpy(), logprobs.cpu().numpy()
-        samples = [Sample(tokens[i, :k].copy(), logprobs[i, :k].copy(), bool(truncated[i])) for i, k in enumerate(lengths.tolist())]
-        return [samples[i : i + n] for i in range(0, len(samples), n)]
+            if running.sum() < 0.75 * len(rows):  # rarely, because it copies the cache
+                state.keep(running)
+                rows = rows[running]
+                token = token[running]
+                running = running[running]
+            state.append(token)
+        return to_samples(tokens, logprobs, lengths, truncated, sampling.n)
 
 
-def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token per row by inverting the distribution function: logits [B, V], uniform [B] -> ids [B], log-probs [B]."""
+def uniform_numbers(seeds: list[int], n: int, limit: int) -> torch.Tensor:
+    """A number in [0, 1) for each token that may be drawn, [prompts * n, limit]."""
+    streams = []
+    for seed in seeds:
+        for k in range(n):
+            generator = torch.Generator().manual_seed(seed + k)
+            streams.append(torch.rand(limit, generator=generator))
+    return torch.stack(streams)
+
+
+def to_samples(tokens, logprobs, lengths, truncated, n: int) -> list[list[Sample]]:
+    """Samples in groups of n. tokens, logprobs: [B, limit]; lengths, truncated: [B]."""
+    tokens = tokens.cpu().numpy()
+    logprobs = logprobs.cpu().numpy()
+    samples = []
+    for i, length in enumerate(lengths.tolist()):
+        ids = tokens[i, :length].copy()
+        samples.append(Sample(ids, logprobs[i, :length].copy(), bool(truncated[i])))
+    return [samples[i : i + n] for i in range(0, len(samples), n)]
+
+
+def draw(
+    logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token per row, by inverting the distribution function.
+
+    logits [B, V], uniform [B] in [0, 1) -> token ids [B], their log-probs [B]. At temperature 0:
+    the most likely token, with log-prob 0.
+    """
     if sampling.temperature == 0:
         return logits.argmax(-1), torch.zeros_like(uniform)
     logprobs = torch.log_softmax(logits.float() / sampling.temperature, -1)
-    if sampling.top_k or sampling.top_p < 1:  # top-k first, then top-p of what is left, as in vLLM
-        ranked, ids = logprobs.sort(-1, descending=True)
-        ranked[:, sampling.top_k or ranked.shape[-1] :] = -torch.inf
-        mass = ranked.softmax(-1)
-        ranked = ranked.masked_fill(mass.cumsum(-1) - mass > sampling.top_p, -torch.inf)  # the likeliest token always stays
-        logprobs = torch.log_softmax(torch.empty_like(ranked).scatter(-1, ids, ranked), -1)
-    mass = logprobs.exp().cumsum(-1)
-    token = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True).clamp(max=mass.shape[-1] - 1)
+    if sampling.top_k or sampling.top_p < 1:
+        logprobs = keep_top(logprobs, sampling.top_k, sampling.top_p)
+    mass = logprobs.exp().cumsum(-1)  # [B, V]; the last entry is 1, up to rounding
+    token = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)
+    token = token.clamp(max=mass.shape[-1] - 1)  # [B, 1]
     return token[:, 0], logprobs.gather(-1, token)[:, 0]
 
 
-class VllmSampler:
-    """vLLM in this process, beside the trainer. Every call that depends on its version stands here.
+def keep_top(logprobs: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Log-probs [B, V] after top-k, then top-p of the remaining tokens, as in vLLM.
 
-    Run with 0.32 on CPUs, one engine per rank. Not yet run: anything behind `cuda` (sleep, wake), tensor parallelism.
+    The most likely token always remains. Removed tokens have -inf.
+    """
+    ranked, ids = logprobs.sort(-1, descending=True)
+    if top_k:
+        ranked[:, top_k:] = -torch.inf
+    probabilities = ranked.softmax(-1)
+    mass_before = probabilities.cumsum(-1) - probabilities
+    ranked = ranked.masked_fill(mass_before > top_p, -torch.inf)
+    kept = torch.empty_like(ranked).scatter(-1, ids, ranked)
+    return torch.log_softmax(kept, -1)
+
+
+# ---- vLLM ----------------------------------------------------------------------------------------
+
+VLLM_SETTINGS = {  # read when vLLM is imported
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+
+class VllmSampler:
+    """vLLM in this process, beside the trainer: one engine per rank.
+
+    Every call that depends on the version of vLLM is in this class (0.32).
     """
 
-    def __init__(self, cfg, path: str, eos_ids: list[int], device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, cfg, path: str, eos_ids: list[int], device: torch.device, dtype: torch.dtype
+    ):
         from transformers import AutoConfig
-        from vllm import LLM, ModelRegistry
+        from vllm import LLM
 
-        self.cuda, self.eos_ids, config = device.type == "cuda", eos_ids, AutoConfig.from_pretrained(path)
-        if not self.cuda:  # vLLM would look at the model class in another process, to keep CUDA out; that is slow and trips over a broken torchvision
-            for name in config.architectures:
-                ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
-        room = cfg.max_prompt_tokens + cfg.max_new_tokens
-        gpu = dict(gpu_memory_utilization=cfg.gpu_memory_utilization, enable_sleep_mode=True)
-        cpu = dict(enforce_eager=True, kv_cache_memory_bytes=max(2**28, 2 * room * cache_bytes(config, dtype)))  # two responses fit
+        self.cuda = device.type == "cuda"
+        self.eos_ids = eos_ids
+        config = AutoConfig.from_pretrained(path)
+        max_model_len = cfg.max_prompt_tokens + cfg.max_new_tokens
+        if self.cuda:
+            options = dict(
+                gpu_memory_utilization=cfg.gpu_memory_utilization, enable_sleep_mode=True
+            )
+        else:
+            register_models(config.architectures)
+            two_responses = 2 * max_model_len * cache_bytes(config, dtype)
+            options = dict(enforce_eager=True, kv_cache_memory_bytes=max(2**28, two_responses))
         self.llm = LLM(
             model=path,
             load_format="dummy",  # the weights come from the trainer
             dtype=str(dtype).removeprefix("torch."),
-            distributed_executor_backend="external_launcher",  # torchrun's ranks: an engine each, or one per tensor-parallel group
+            distributed_executor_backend="external_launcher",  # one engine per torchrun rank
             seed=cfg.seed,
-            max_model_len=room,
+            max_model_len=max_model_len,
             max_num_seqs=cfg.max_num_seqs,
-            logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
-            **(gpu if self.cuda else cpu),
+            logprobs_mode="processed_logprobs",  # after temperature, top-p and top-k
+            **options,
         )
         self.sleep()
 
-    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, weights: Weights) -> None:
+        """Wake up and copy the trainer's weights. RuntimeError if old cache entries remain."""
         if self.cuda:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
@@ -206,51 +369,120 @@ class VllmSampler:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["kv_cache"])
         if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept cached keys and values of the old weights")
+            raise RuntimeError(
+                "vLLM kept cached keys and values of the old weights; "
+                "install the version of requirements.txt"
+            )
 
     def sleep(self) -> None:
+        """Free memory for the update: drop weights and cache, until load_weights()."""
         if self.cuda:
-            self.llm.sleep(level=2)  # drops weights and cache; load_weights() brings both back
+            self.llm.sleep(level=2)
 
-    def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[list[Sample]]:
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling
+    ) -> list[list[Sample]]:
+        """sampling.n samples for each prompt, in order. seeds: one per prompt."""
         from vllm import SamplingParams, TokensPrompt
 
-        n = sampling.n if sampling.temperature else 1  # vLLM takes one greedy response, for all are the same
-        common = dict(n=n, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, max_tokens=sampling.max_new_tokens,
-                      stop_token_ids=self.eos_ids, logprobs=0, flat_logprobs=True, detokenize=False)  # fmt: skip
-        outputs = self.llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], [SamplingParams(seed=s, **common) for s in seeds], use_tqdm=False)
-        return [
-            [Sample(np.array(o.token_ids, np.int32), np.array(o.logprobs.logprobs, np.float32), o.finish_reason == "length")
-             for o in sorted(output.outputs, key=lambda o: o.index)] * (sampling.n // n) for output in outputs
-        ]  # fmt: skip
+        # vLLM allows one greedy response per prompt. Copies of it are the others.
+        n = sampling.n if sampling.temperature else 1
+        options = dict(
+            n=n,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_new_tokens,
+            stop_token_ids=self.eos_ids,
+            logprobs=0,  # of the drawn token only
+            flat_logprobs=True,
+            detokenize=False,
+        )
+        inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+        params = [SamplingParams(seed=seed, **options) for seed in seeds]
+        results = []
+        for output in self.llm.generate(inputs, params, use_tqdm=False):
+            outputs = sorted(output.outputs, key=lambda o: o.index)
+            results.append([self.to_sample(o) for o in outputs] * (sampling.n // n))
+        return results
+
+    def to_sample(self, output: Any) -> Sample:
+        """A Sample from vLLM's CompletionOutput."""
+        token_ids = np.array(output.token_ids, np.int32)
+        logprobs = np.array(output.logprobs.logprobs, np.float32)
+        return Sample(token_ids, logprobs, output.finish_reason == "length")
 
     def close(self) -> None:
-        self.llm.llm_engine.engine_core.shutdown()  # ends torch.distributed, too
+        """End the engine. This also ends torch.distributed."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def register_models(architectures: list[str]) -> None:
+    """Import the model classes in this process. For CPUs only.
+
+    vLLM would inspect them in another process, to keep CUDA out of this one. That is slow, and it
+    fails if torchvision is broken.
+    """
+    from vllm import ModelRegistry
+
+    for name in architectures:
+        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
+# ---- choice --------------------------------------------------------------------------------------
 
 
 def choose_sampler(wanted: str) -> tuple[str, str]:
-    """(sampler, reason). vLLM's CUDA build imports on a machine without a GPU and fails much later: ask for its platform."""
+    """The sampler for --sampler, and the reason, to be shown as "NAME (REASON)".
+
+    "auto" is vllm where it runs, else transformers. UserError if "vllm" does not run here.
+    """
     if wanted == "transformers":
-        return wanted, "as --sampler says"
-    for name, value in dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR").items():
-        os.environ.setdefault(name, value)  # before its import: the engine lives in this process, and tells nobody about it
-    problem = ""
+        return "transformers", "chosen by --sampler"
+    problem = vllm_problem()
+    if not problem:
+        return "vllm", "installed, and it supports this machine"
+    if wanted == "vllm":
+        raise UserError(
+            f"--sampler vllm: {problem}; install vLLM for this machine or use "
+            "--sampler transformers"
+        )
+    advice = "fine on a CPU"
+    if torch.cuda.is_available():
+        advice = "install vLLM for this machine to sample faster"
+    return "transformers", f"{problem}; {advice}"
+
+
+def vllm_problem() -> str:
+    """Why vLLM does not run here, or "". Sets VLLM_SETTINGS, then imports vLLM.
+
+    vLLM's CUDA build can be imported on a machine without a GPU, and fails much later. So its
+    platform is checked as well.
+    """
+    for name, value in VLLM_SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         from vllm.platforms import current_platform
 
         if current_platform.device_type not in ("cpu", "cuda"):
-            problem = "the installed vLLM is a GPU build, and this machine has no GPU"
-        else:
-            from vllm import LLM  # noqa: F401  the rest of it may be broken, too
+            return "the installed vLLM is a GPU build, and this machine has no GPU"
+        from vllm import LLM  # noqa: F401  the rest of vLLM may be broken
     except ModuleNotFoundError as error:
-        problem = f"vLLM is not installed ({error})"
-    except Exception as error:  # a broken installation shows itself in many ways
-        problem = f"vLLM does not import: {type(error).__name__}: {error}"
-    if problem and wanted == "vllm":
-        raise UserError(f"--sampler vllm: {problem}; install vLLM for this machine or use --sampler transformers")
-    return ("transformers", problem) if problem else ("vllm", "installed, and fit for this machine")
+        if error.name in ("vllm", "vllm.platforms"):
+            return "vLLM is not installed"
+        return f"vLLM does not import: {error}"
+    except Exception as error:  # a broken installation can raise an exception of any type
+        return f"vLLM does not import: {type(error).__name__}: {error}"
+    return ""
 
 
-@clock("start")
-def make(kind: str, *args):
-    return {"vllm": VllmSampler, "transformers": TransformersSampler}[kind](*args)
+@clock("start")  # a phase of its own: the watchdog sees that start-up makes progress
+def make(name: str, cfg, path: str, eos_ids: list[int], device: torch.device, dtype: torch.dtype):
+    """The sampler with this name, without weights. The caller must load them.
+
+    path: the model folder. eos_ids: any of them ends a response. Fields of cfg that are read:
+    seed, max_prompt_tokens, max_new_tokens, max_num_seqs, gpu_memory_utilization.
+    """
+    if name == "vllm":
+        return VllmSampler(cfg, path, eos_ids, device, dtype)
+    return TransformersSampler(cfg, path, eos_ids, device, dtype)

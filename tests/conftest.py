@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from support import samplers
-from tests.world import ENGINE, ROOT, command_line, make_world, start_ranks
+from tests.world import ROOT, command_line, make_world, missing_engine, start_ranks
 
 ON_TWO_RANKS = [
     "test_update.py",
@@ -37,10 +36,8 @@ def root(tmp_path_factory) -> Path:
 def ranks_and_helpers(request) -> None:
     """Start torch.distributed, and the helpers if a test needs one."""
     start_ranks()
-    if ENGINE == "vllm":
-        chosen, reason = samplers.choose_sampler("auto")
-        if chosen != "vllm":
-            pytest.skip(reason)  # vLLM is not installed, or not for this machine
+    if reason := missing_engine():
+        pytest.skip(reason)
     if any("helpers" in item.fixturenames for item in request.session.items):
         request.getfixturevalue("helpers")
 

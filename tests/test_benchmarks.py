@@ -427,14 +427,14 @@ sleep = "import time; time.sleep(60)"
 workers = f"import subprocess, sys; a = [sys.executable, '-c', {sleep!r}]; "
 workers += "b = [subprocess.Popen(a) for _ in range(2)]; sys.stdin.read(); "
 workers += "[p.kill() for p in b]; [p.wait() for p in b]"
-judge = subprocess.Popen([sys.executable, "-c", workers], stdin=subprocess.PIPE)
+server = subprocess.Popen([sys.executable, "-c", workers], stdin=subprocess.PIPE)
 time.sleep(1)
 with open(sys.argv[1], "w") as file:
     for step in range(13):
         print("{}", file=file, flush=True)
         time.sleep(0.1)
-judge.stdin.close()
-judge.wait()
+server.stdin.close()
+server.wait()
 """
 
 
@@ -446,7 +446,7 @@ def test_soak_observes_all_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(seen, "look_every", 0.2)
     seen.observe()
     rows = soak.summarize(seen, steps=12)
-    assert [row["process"] for row in rows] == ["trainer", "judge", "worker", "worker"]
+    assert [row["process"] for row in rows] == ["trainer", "server", "worker", "worker"]
     laws = soak.check_laws(seen, rows, 12, list(range(13)))
     assert all(laws.values()), laws
 
@@ -463,7 +463,7 @@ def test_fuzz_breaks_no_law():
     figures = fuzz_rewards.fuzz(total=20, timeout=5, workers=1, seed=0)
     assert figures["broken"] == []
     assert figures["kinds"]["known"]["answers"] == 2
-    assert figures["processes_while_grading"] == 2  # judge and worker
+    assert figures["processes_while_grading"] == 2  # server and worker
     fuzz_rewards.report(figures)
 
 
@@ -548,7 +548,7 @@ def tiny_run(model: str, root: Path) -> str:
     return (
         f"--model {model} --train-data {root}/train.jsonl --eval-data {root}/dev.jsonl "
         "--reward exact --sampler transformers --prompts-per-step 2 --group-size 2 --minibatches 2 "
-        "--max-prompt-tokens 16 --max-new-tokens 8 --eval-samples 1 --eval-pass-k 1 --eval-size 1 "
+        "--max-prompt-tokens 16 --max-new-tokens 8 --eval-samples 1 --eval-size 1 "
         "--reward-workers 1 --no-activation-checkpointing"
     )
 

@@ -903,8 +903,7 @@ def make_chat(system_prompt: str, problem: str) -> list[dict]:
 def test_prompts_equal_the_chat_template(system_prompt, tmp_path, tokenizer):
     rows = sums(600)  # more than the tokenizer gets at once
     path = write(tmp_path, lines(*rows, rows[0]))
-    counts = Counter()
-    problems, left_out = data.load_problems(path, tokenizer, system_prompt, 16, counts=counts)
+    problems, left_out = data.load_problems(path, tokenizer, system_prompt, 16)
 
     expected = []
     for row in rows:
@@ -913,9 +912,8 @@ def test_prompts_equal_the_chat_template(system_prompt, tmp_path, tokenizer):
         if len(ids) <= 16:
             expected.append((row, ids))
     assert [(problem.row, problem.prompt_ids) for problem in problems] == expected
-    assert left_out == 600 - len(expected)
-    assert left_out > 0
-    assert counts == {"repeated": 1}
+    assert left_out == {"repeated": 1, "too long": 600 - len(expected)}
+    assert left_out["too long"] > 0
 
 
 def test_limit_takes_the_first_rows(tmp_path, tokenizer):
@@ -923,7 +921,7 @@ def test_limit_takes_the_first_rows(tmp_path, tokenizer):
     path = write(tmp_path, lines(*rows, rows[0]))
     problems, left_out = data.load_problems(path, tokenizer, "", 16, 5)
     assert [problem.row for problem in problems] == rows[:5]
-    assert left_out == 0
+    assert left_out["too long"] == 0
 
 
 def test_error_if_every_prompt_is_too_long(tmp_path, tokenizer):
@@ -1019,8 +1017,8 @@ first_usable_column_counts: first column, usable or not
 + for text in problems[:1] if
 
 repeated_rows_of_a_file_are_counted: the last duplicate
-- first.setdefault(key, (place, row))
-+ first.pop(key, (place, row)); first[key] = place, row
+- by_problem.setdefault(key, (place, row))
++ by_problem.pop(key, (place, row)); by_problem[key] = place, row
 
 doubtful_rows_of_a_hub_set_are_left_out: contradictions stay
 - if key not in disputed
@@ -1043,16 +1041,16 @@ tier_hard_prefers_one_of_two_in_proportion_to_difficulty: not proportional
 + / weight(row) ** 2
 
 tier_hard_prefers_one_of_two_in_proportion_to_difficulty: weights without the logarithm
-- -math.log(chance(row, purpose))
-+ chance(row, purpose)
+- -math.log(uniform(row, purpose))
++ uniform(row, purpose)
 
 tier_hard_has_every_tenth_answer_that_can_be_guessed: not thinned
 - draw(thin(
 + draw(list(
 
 tier_hard_thins_before_it_draws: thinned after the draw
-- draw(thin(list(filter(difficulty, deepmath))), "hard", difficulty)
-+ thin(draw(list(filter(difficulty, deepmath)), "hard", difficulty))
+- draw(thin(rated), "hard", difficulty)
++ thin(draw(rated, "hard", difficulty))
 
 tier_easy_is_uniform_over_gsm8k_and_level_1_of_math: every level
 - if str(row.get("level")) in ("Level 1", "1")
@@ -1063,15 +1061,15 @@ tier_easy_is_uniform_over_gsm8k_and_level_1_of_math: level 10
 + str(row.get("level")).startswith(("Level 1", "1"))
 
 tier_medium_has_the_easiest_problems_in_order: hardest first
-- (difficulty(row), chance
-+ (-difficulty(row), chance
+- (difficulty(row), uniform
++ (-difficulty(row), uniform
 
 tier_medium_does_not_prefer_the_first_of_equal_problems: ties in the order of the file
-- , chance(row, "medium"), row["problem"])
+- , uniform(row, "medium"), row["problem"])
 + )
 
 tiers_depend_only_on_the_problems: order of the rows
-- sorted(binary, key=lambda row: chance(row, "thin"))
+- sorted(binary, key=lambda row: uniform(row, "thin"))
 + binary
 
 prompts_equal_the_chat_template: without the generation prompt

@@ -25,13 +25,15 @@ import torch.distributed.checkpoint as dcp
 
 import lite_ppo
 import tricks
-from lite_ppo import Problem, Response, make_micro_batch
+from lite_ppo import make_micro_batch
 from support import launch, run, samplers
 from support.checkpoints import checkpoints
 from support.clock import clock
+from support.data import Problem
 from support.errors import RunError, Stopped
 from support.logs import Log
 from support.metrics import NOT_FINITE, check_gap
+from support.response import Response
 from support.samplers import TransformersSampler
 from tests.test_run import rollout_scores
 from tests.world import CPU, HERE, command_line, config, read
@@ -184,7 +186,7 @@ def test_signal_ends_a_run_with_a_checkpoint(number, root):
     state = json.loads((checkpoint / "state.json").read_text())
     step = state["step"]
     assert step >= 2
-    assert f"ended by a signal after step {step}" in printed
+    assert f"stopped by a signal after step {step}" in printed
     logged = step + 1 if state["pending"] is None else step  # step 0 is logged, too
     assert steps_logged(folder) == list(range(logged))
 
@@ -272,7 +274,7 @@ def test_checkpoint_that_cannot_be_written_leaves_the_others(background, root, m
     printed = capfd.readouterr().out
     assert "warning: checkpoint-2 could not be written" in printed
     assert "No space left" in printed
-    assert "newest whole one: checkpoint-1" in printed
+    assert "newest complete one: checkpoint-1" in printed
     assert checkpoint_names(folder) == ["checkpoint-1", "checkpoint-3"]
 
     monkeypatch.setattr(FullDiskWriter, "steps", [4, 5])
@@ -395,7 +397,7 @@ def test_full_or_closed_disk_leaves_earlier_checkpoints(
     cfg = config(root, output_dir=str(disk), **options)
     message = (
         f"(?s)checkpoint-3 could not be written.*({reason}).*"
-        "newest whole one: checkpoint-1.*Make room or give write"
+        "newest complete one: checkpoint-1.*Make room or give write"
     )
     with monkeypatch.context() as patch, contextlib.ExitStack() as held:
         patch.setattr(TroubledLog, "held", held, raising=False)
@@ -442,8 +444,8 @@ def test_log_that_cannot_be_written_is_one_message(root, monkeypatch, capfd):
     assert "Traceback" not in error
     assert "error: rank 0, step 2, " in error
     assert (
-        "No space left on device; checkpoints are as they were, "
-        "and the same command goes on from the newest one"
+        "No space left on device; checkpoints are unchanged, "
+        "and the same command resumes from the newest one"
     ) in error
 
     (folder / "kept").rename(folder / "metrics.jsonl")
@@ -475,11 +477,9 @@ def test_gradient_that_is_not_finite_is_skipped_and_soon_ends_the_run(root, monk
     """Each step has two mini-batches of one micro-batch: two calls."""
     monkeypatch.setattr(tricks, "clipped_surrogate", NanLosses())
     folder = root / "not-finite"
-    options = dict(steps=50, max_skipped_steps=2, micro_batch_tokens=1000, samples_per_step=0)
-    message = (
-        "no finite gradient in 2 rollouts in a row .*--max-skipped-steps.*; "
-        "responses .*samples.jsonl"
-    )
+    options = dict(steps=50, micro_batch_tokens=1000, samples_per_step=0)
+    monkeypatch.setattr(run, "MAX_SKIPPED", 2)
+    message = "no finite gradient in 2 rollouts in a row; responses .*samples.jsonl"
     with pytest.raises(RunError, match=message):
         lite_ppo.train(config(root, output_dir=str(folder), **options))
     skipped = [row["policy/skipped"] for row in read(folder / "metrics.jsonl")[1:]]
@@ -501,7 +501,7 @@ class NanLogprobs:
     def __call__(self, model, batch, temperature):
         self.calls += 1
         logprobs, entropy = self.response_logprobs(model, batch, temperature)
-        sick = (batch.owner == 3) & (self.calls == 2)
+        sick = (batch.response_index == 3) & (self.calls == 2)
         return logprobs * torch.where(sick, torch.nan, 1.0), entropy
 
 
@@ -542,7 +542,7 @@ class ForgetfulSampler(TransformersSampler):
 def test_forgotten_sync_ends_the_run(root, monkeypatch):
     monkeypatch.setattr(samplers, "TransformersSampler", ForgetfulSampler)
     message = (
-        "differ by .* --max-logprob-gap 0.001: the sampler does not hold the trainer's weights"
+        "differ by .* --max-logprob-gap 0.001. The sampler does not hold the trainer's weights"
     )
     with pytest.raises(RunError, match=message):
         lite_ppo.train(config(root, lr=1e-2, output_dir=f"{root}/forgotten-sync"))
@@ -586,7 +586,7 @@ def test_failed_rewards_of_an_evaluation_are_logged_once(root, tmp_path, monkeyp
     for row in logged:
         assert "not a finite number" in row["failure"]
         assert len(row["response"]) % 3 == 0
-    warning = "of the responses to dev got no verdict and count as wrong: reasons in samples.jsonl"
+    warning = "of the responses to dev got no score and count as wrong; see samples.jsonl"
     assert warning in capfd.readouterr().out
 
 
@@ -595,7 +595,7 @@ LATE = (0.0, "late")
 
 
 def test_too_many_failed_rewards_end_the_run_with_the_reason():
-    message = "4 of 4 responses got no verdict.*--max-failed-rewards 0.5.*ValueError.*x"
+    message = "no score for 4 of 4 responses.*50%.*ValueError.*x"
     with pytest.raises(RunError, match=message):
         rollout_scores([FAILED, FAILED, FAILED, FAILED])
 

@@ -17,10 +17,9 @@ import torch.distributed.checkpoint as dcp
 
 import lite_ppo
 from lite_ppo import Problem, Response, build_policy, make_micro_batch
-from support import models, run
+from support import checkpoints, models, run
 from support.checkpoints import Position, load_checkpoint, open_folder
 from support.errors import UserError
-from support.util import gather
 from tests.world import CPU, EOS, HERE, REWARDS, config, load_model, predictions, read
 
 MEASURED = ("time/", "perf/", "memory/")  # metrics that differ from run to run
@@ -112,7 +111,7 @@ def test_run_without_checkpoint_starts_again_and_logs_each_step_once(root):
 
 # ---- other ranks, and hybrid sharding ------------------------------------------------------------
 
-SAVED = dict(save_every=2, keep_checkpoints=9, eval_every=0, max_grad_norm=0.5)
+SAVED = dict(save_every=2, eval_every=0, max_grad_norm=0.5)
 TRAIN_EACH = """
 import json, sys
 import lite_ppo
@@ -141,7 +140,9 @@ def train_on_two_ranks(root: Path, runs: dict[str, dict]) -> str:
 @pytest.fixture(scope="module")
 def one_rank_run(root) -> Path:
     """Seven steps on one rank, with a checkpoint after each second one."""
-    train(root, "one", steps=7, **SAVED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "KEPT", 9)
+        train(root, "one", steps=7, **SAVED)
     return root / "one"
 
 
@@ -200,9 +201,8 @@ def test_optimizer_state_matters(one_rank_run, root, monkeypatch):
         (dict(steps=3), "--steps 3: .*7 steps"),
         (dict(dtype="bfloat16"), "dtype in use: torch.float32 -> torch.bfloat16"),
         (dict(train_data="ROOT/dev.jsonl"), "training problems: 10 problems.* -> 1 problems"),
-        (dict(resume="never"), "holds checkpoint-7"),
-        (dict(resume="ROOT/tied"), "nor a checkpoint folder"),
-        (dict(resume="ROOT/one/checkpoint-2"), "holds checkpoint-7, another"),
+        (dict(resume="ROOT/tied"), "not a checkpoint folder"),
+        (dict(resume="ROOT/one/checkpoint-2"), "holds another checkpoint, checkpoint-7"),
     ],
 )
 def test_changed_setting_is_one_message(changes, message, one_rank_run, root):
@@ -322,11 +322,11 @@ def test_final_model_is_not_overwritten(finished, root):
 def test_folder_in_use_is_one_message(root, tmp_path):
     cfg = config(root, output_dir=str(tmp_path / "shared"))
     with contextlib.ExitStack() as held:
-        open_folder(cfg, gather, held)
-        with pytest.raises(UserError, match="shared: another run is using it"):
+        open_folder(cfg, held)
+        with pytest.raises(UserError, match="shared: another run uses it"):
             lite_ppo.train(cfg)
     with contextlib.ExitStack() as held:
-        open_folder(cfg, gather, held)  # free again
+        open_folder(cfg, held)  # free again
 
 
 def rank_of_another_machine() -> int:
@@ -336,8 +336,7 @@ def rank_of_another_machine() -> int:
 def test_folder_that_ranks_do_not_share_is_one_message(root, tmp_path, monkeypatch):
     monkeypatch.setattr(dist, "get_rank", rank_of_another_machine)
     cfg = config(root, output_dir=str(tmp_path / "local"))
-    message = (
-        r"ranks \[0\] do not see what rank 0 writes there; give a folder .* all machines share"
-    )
+    message = r"ranks \[0\] do not see the files of rank 0; give a folder .* all machines share"
+    monkeypatch.setattr(checkpoints, "PATIENCE", 0.2)
     with contextlib.ExitStack() as held, pytest.raises(UserError, match=message):
-        open_folder(cfg, gather, held, patience=0.2)
+        open_folder(cfg, held)

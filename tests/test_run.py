@@ -15,10 +15,13 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lite_ppo
-from lite_ppo import PRESETS, Config, Problem, Response
-from support import launch, toy
+from lite_ppo import PRESETS, Config
+from support import launch, metrics, toy
+from support.actor import Actor
 from support.checkpoints import Position
+from support.data import Problem
 from support.logs import Log, read_jsonl
+from support.response import Response
 from support.samplers import Sample
 from tests.world import ENGINE, HERE, WORLD, command_line, config, load_model, read
 
@@ -118,7 +121,7 @@ def test_script_writes_its_flags_curves_and_events(script, root):
     written = json.loads((script.folder / "config.json").read_text())
     assert written == json.loads(json.dumps(vars(cfg)))
     assert (script.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert list(script.folder.glob("events.out.tfevents*"))
+    assert list(script.folder.glob("tensorboard/events.out.tfevents*"))
 
 
 # ---- every preset, on one rank, on two, and with vLLM --------------------------------------------
@@ -204,20 +207,20 @@ def late(response, row):
 """
 
 
-def test_slow_rewards_are_logged_with_their_seconds(root):
+def test_slow_rewards_are_logged_with_their_seconds(root, monkeypatch):
     (root / "tied/late.py").write_text(LATE)
     folder = root / "late"
     cfg = config(
         root,
         reward=f"{root}/tied/late.py:late",
         reward_timeout=0.2,
-        max_failed_rewards=1,
         steps=1,
         output_dir=str(folder),
     )
+    monkeypatch.setattr(metrics, "MAX_FAILED", 1)
     lite_ppo.train(cfg)
     rows = read(folder / "samples.jsonl")  # all of the step
-    assert {row["failure"] for row in rows} == {"", "no verdict within 0.2 s"}
+    assert {row["failure"] for row in rows} == {"", "no score within 0.2 s (--reward-timeout)"}
     for row in rows:
         late = len(row["response"]) % 2 == 1
         assert bool(row["failure"]) == late
@@ -330,7 +333,7 @@ def test_tensorboard_shows_each_step_once(tmp_path):
     killed = new_log(tmp_path)
     write_steps(killed, range(12))
     write_steps(resumed_log(tmp_path, 9), [10])
-    events = EventAccumulator(str(tmp_path)).Reload()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("reward/mean")] == list(range(11))
 
 
@@ -345,9 +348,10 @@ def test_tensorboard_escapes_html(tmp_path):
         score=0.0,
     )
     log = new_log(tmp_path)
-    log.samples(10, [hostile], torch.zeros(1, 1), torch.zeros(1, 1), 1)
+    log.samples(10, [hostile], torch.zeros(1, 1), torch.zeros(1, 1))
     log.metrics(10, VALUES)
-    (event,) = EventAccumulator(str(tmp_path)).Reload().Tensors("sample/text_summary")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (event,) = events.Tensors("sample/text_summary")
     text = event.tensor_proto.string_val[0].decode()
     assert text.startswith("<pre>")
     assert text.endswith("</pre>")
@@ -361,11 +365,13 @@ HEALTHY = {
     "policy/entropy": 1.0,
     "response/length_mean": 100.0,
     "response/truncated": 0.1,
+    "reward/correct": 0.5,
     "reward/std": 0.4,
     "reward/failed": 0.0,
 }
 WARNINGS = [  # metrics from step 10 on, and the warning that they cause
     ({"policy/entropy": 0.001}, ["entropy collapse"]),
+    ({"policy/entropy": 0.001, "reward/correct": 0.9}, []),  # solved
     ({"policy/entropy": 5.0}, ["entropy explosion"]),
     ({"response/length_mean": 2.0}, ["short responses"]),
     ({"response/truncated": 0.9}, ["truncated responses"]),
@@ -401,6 +407,13 @@ def test_warnings_accept_metrics_that_are_not_finite(change, names, tmp_path):
 # ---- rollout and evaluation with given scores ----------------------------------------------------
 
 
+class NoRun:
+    """A run that logs nothing."""
+
+    def log_evaluation(self, *args) -> None:
+        pass
+
+
 class OneSample:
     """A sampler whose responses are all the same; it collects the seeds."""
 
@@ -433,8 +446,8 @@ def rollout_scores(*calls, cursor=0, **changes) -> tuple[list[float], int]:
     """The scores that rollout() keeps of two groups of two, and its new cursor."""
     cfg = config(Path(), prompts_per_step=2, group_size=2, **changes)
     sampler = OneSample()
-    tools = (sampler, GivenScores(calls), toy.make_tokenizer())
-    responses, cursor = lite_ppo.rollout(*tools, PROBLEMS, cursor, cfg)
+    actor = Actor(sampler, toy.make_tokenizer(), GivenScores(calls))
+    responses, cursor = lite_ppo.rollout(actor, PROBLEMS, cursor, cfg)
     assert len(set(sampler.seeds)) == len(sampler.seeds)
     return [response.score for response in responses], cursor
 
@@ -455,19 +468,21 @@ def test_rollout_without_dynamic_sampling_keeps_every_group():
         ),
     ],
 )
-def test_dynamic_sampling_replaces_groups_without_signal(calls, kept, cursor):
-    found = rollout_scores(*calls, dynamic_sampling=True, dynamic_rounds=3)
+def test_dynamic_sampling_replaces_groups_without_signal(calls, kept, cursor, monkeypatch):
+    monkeypatch.setattr(lite_ppo, "DYNAMIC_ROUNDS", 3)
+    found = rollout_scores(*calls, dynamic_sampling=True)
     assert found == (kept, cursor)
 
 
 def test_evaluation_measures_accuracy_and_pass_at_k():
-    cfg = config(Path(), eval_samples=4, eval_pass_k=2)
+    cfg = config(Path(), eval_samples=4)
     grader = GivenScores([[1, 0, 0, 0, 1, 1, 0.5, 1], [0, 0, 0, 0]])
     sets = {"a": PROBLEMS[:2], "b": PROBLEMS[:1]}
-    found = lite_ppo.evaluate(OneSample(), grader, toy.make_tokenizer(), sets, cfg)
+    actor = Actor(OneSample(), toy.make_tokenizer(), grader)
+    found = lite_ppo.evaluate(actor, sets, cfg, NoRun())
     expected = {
         "eval/a/accuracy": 4 / 8,
-        "eval/a/pass_at_k": (3 / 6 + 1) / 2,
+        "eval/a/pass_at_k": 1,  # k is eval_samples: at least one response is correct
         "eval/a/length_mean": 2,
         "eval/a/truncated": 0,
         "eval/b/accuracy": 0,

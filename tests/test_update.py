@@ -18,8 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lite_ppo
-from lite_ppo import Config, MicroBatch, Problem, Response, build_policy, make_micro_batch
-from support import metrics
+from lite_ppo import Config, MicroBatch, build_policy, make_micro_batch
+from support import metrics, packing
+from support.data import Problem
+from support.response import Response
 from support.util import permutation
 from tests.checks import parse_mutants
 from tests.world import CPU, VOCABULARY, WORLD, config, load_model, predictions
@@ -340,12 +342,12 @@ token: old log-probs with gradient
 + batch.old_logprobs = logprobs
 
 token: old log-probs of the updated weights
-- tricks.clipped_surrogate(logprobs, batch.old_logprobs,
-+ tricks.clipped_surrogate(logprobs, logprobs.detach(),
+- old = batch.old_logprobs
++ old = logprobs.detach()
 
 token: advantage of the next response
-- advantages.to(device)
-+ advantages.roll(1).to(device)
+- advantages[response_index]
++ advantages.roll(1)[response_index]
 
 a single EOS: end of sequence not trained
 - batch.weights * losses
@@ -434,9 +436,9 @@ def test_micro_batch_holds_every_response_token_and_no_padding():
     responses = make_responses()
     batch = pack(responses)
     tokens = [(i, token) for i in ORDER for token in responses[i].token_ids]
-    assert list(zip(batch.owner.tolist(), batch.targets.tolist())) == tokens
-    assert batch.advantages.tolist() == batch.owner.tolist()
-    assert batch.weights.tolist() == [10 * i for i in batch.owner.tolist()]
+    assert list(zip(batch.response_index.tolist(), batch.targets.tolist())) == tokens
+    assert batch.advantages.tolist() == batch.response_index.tolist()
+    assert batch.weights.tolist() == [10 * i for i in batch.response_index.tolist()]
     assert len(batch.token_ids) == sum(PROMPT_LENGTHS[i] + LENGTHS[i] - 1 for i in ORDER)
 
 
@@ -466,7 +468,7 @@ def test_packed_sequence_does_not_see_the_other_prompts(root):
     batch = pack(responses)
     after, _ = policy.response_logprobs(batch, 0.7)
 
-    own = batch.owner == 0
+    own = batch.response_index == 0
     assert torch.allclose(after[~own], before[~own], rtol=0, atol=1e-6)
     assert (after[own] - before[own]).abs().max() > 0.01
 
@@ -477,7 +479,7 @@ def test_packed_sequence_does_not_see_the_other_prompts(root):
     world=st.integers(1, 5),
 )
 def test_micro_batch_plan_is_complete_and_within_the_budget(lengths, budget, world):
-    plan = lite_ppo.plan_micro_batches(lengths, budget, world)
+    plan = packing.plan_micro_batches(lengths, budget, world)
     assert len(plan) == world
     counts = {len(of_rank) for of_rank in plan}
     assert len(counts) == 1  # ranks wait for each other in every backward pass

@@ -15,7 +15,7 @@ os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="
 
 # Before transformers: the package `support` hides broken packages from it.
 from lite_ppo import Config
-from support import toy
+from support import samplers, toy
 
 # isort: split
 import torch
@@ -61,6 +61,14 @@ def start_ranks() -> None:
         dist.init_process_group("gloo")
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def missing_engine() -> str:
+    """Why ENGINE does not run here: vLLM is not installed, or not for this machine."""
+    if ENGINE != "vllm":
+        return ""  # choose_sampler() would import vLLM, which changes this process
+    chosen, reason = samplers.choose_sampler("auto")
+    return "" if chosen == "vllm" else reason
 
 
 # ---- data and rewards ----------------------------------------------------------------------------
@@ -251,7 +259,6 @@ def config(root: Path, **changes) -> Config:
         minibatches=2,
         micro_batch_tokens=100,
         eval_samples=2,
-        eval_pass_k=2,
         reward_workers=1,
         max_num_seqs=64,
         activation_checkpointing=False,

@@ -1,0 +1,55 @@
+"""The layout that README promises: short files to read, imports without a circle."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [ROOT / "lite_ppo.py", ROOT / "tricks.py", *sorted((ROOT / "support").glob("*.py"))]
+
+
+def imported(path: Path) -> set[str]:
+    """Names of the project's modules that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "support":
+            names |= {f"support.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return names & {module_name(source) for source in SOURCES}
+
+
+def module_name(path: Path) -> str:
+    return f"support.{path.stem}" if path.parent.name == "support" else path.stem
+
+
+def test_imports_have_no_circle():
+    graph = {module_name(path): imported(path) for path in SOURCES}
+    assert graph["lite_ppo"] >= {"tricks", "support.data", "support.run"}  # the reader works
+    while graph:
+        leaves = {name for name, others in graph.items() if not others & graph.keys()}
+        assert leaves, f"a circle among {sorted(graph)}"
+        graph = {name: others for name, others in graph.items() if name not in leaves}
+
+
+def test_nothing_imports_the_trainer():
+    for path in SOURCES:
+        assert "lite_ppo" not in imported(path), path
+
+
+@pytest.mark.parametrize(
+    "name, lines", [("lite_ppo.py", 520), ("tricks.py", 460), ("README.md", 130)]
+)
+def test_files_stay_short(name, lines):
+    assert len((ROOT / name).read_text().splitlines()) <= lines
+
+
+def test_functions_of_the_trainer_fit_on_a_screen():
+    for node in ast.walk(ast.parse((ROOT / "lite_ppo.py").read_text())):
+        if isinstance(node, ast.FunctionDef):
+            arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            assert node.end_lineno - node.lineno < 42, node.name
+            assert len(arguments) <= 6, node.name
