@@ -280,7 +280,7 @@ def test_checkpoint_that_cannot_be_written_leaves_the_others(background, root, m
     monkeypatch.setattr(FullDiskWriter, "steps", [4, 5])
     message = (
         "checkpoint-5 could not be written .*No space left.*"
-        "newest whole one: checkpoint-3.*Make room"
+        "newest complete one: checkpoint-3.*Make room"
     )
     with pytest.raises(RunError, match=message):
         lite_ppo.train(config(root, steps=6, **options))

@@ -55,7 +55,7 @@ def test_only_the_newest_checkpoints_are_kept(whole):
 
 
 def test_resumed_run_equals_the_uninterrupted_one(whole, root):
-    """Killed while it saved the last checkpoint: the logs are ahead of the newest whole one."""
+    """Killed while it saved the last checkpoint: the logs are ahead of the newest complete one."""
     resumed = root / "resumed"
     shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("checkpoint-4", "final"))
     (resumed / "partial-4").mkdir()
