@@ -142,8 +142,14 @@ def find_checkpoint(folder: Path, cfg, identity: dict[str, str]) -> Path | None:
     """The checkpoint that this run continues, or None for a new run.
 
     identity: what a run depends on besides its flags, by name, such as its problems. UserError if
-    the checkpoint was made with other settings, unless --resume names it.
+    the folder is a model's, or if the checkpoint has other settings and --resume does not name it.
     """
+    config = folder / "config.json"
+    if config.exists() and '"preset"' not in config.read_text(errors="replace"):
+        raise UserError(
+            f"--output-dir {folder}: holds a config.json that is not a run's, such as that of a "
+            "model, and the run would overwrite it; give another folder"
+        )
     found = checkpoints(folder)
     if not found and (folder / "final").exists():
         raise UserError(

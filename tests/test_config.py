@@ -152,6 +152,7 @@ MISTAKES = {  # a flag and its value: words that the message must contain
     "--reward ROOT/none.py:f": "--reward ROOT/none.py:f FILE.py:FUNCTION",
     "--reward ROOT/rewards.py:odd": "--reward ROOT/rewards.py:odd 'odd'",
     "--reward ROOT/syntax.py:f": "--reward ROOT/syntax.py:f SyntaxError",
+    "--output-dir ROOT/tied": "--output-dir ROOT/tied config.json another folder",
     "--output-dir ROOT/train.jsonl": "--output-dir ROOT/train.jsonl",
 }
 
