@@ -102,8 +102,9 @@ def read_shape(name: str) -> Shape:
     """A shape by name, or from the config of a folder or of a model on the hub."""
     if name.lower() in SHAPES:
         return SHAPES[name.lower()]
-    import support  # noqa: F401  it disables a broken torchvision, which breaks transformers
+    from support.util import mask_broken_packages  # imports torch
 
+    mask_broken_packages()
     config = load_config(name)
     kind = config.model_type
     if kind not in ("qwen2", "qwen3", "llama", "mistral"):
