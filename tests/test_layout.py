@@ -1,9 +1,13 @@
 """The layout that README promises: short files to read, imports without a circle."""
 
 import ast
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
+
+from lite_ppo import Config
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [ROOT / "lite_ppo.py", ROOT / "tricks.py", *sorted((ROOT / "support").glob("*.py"))]
@@ -53,3 +57,36 @@ def test_functions_of_the_trainer_fit_on_a_screen():
             arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
             assert node.end_lineno - node.lineno < 42, node.name
             assert len(arguments) <= 6, node.name
+
+
+# ---- documents -----------------------------------------------------------------------------------
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS += [ROOT / "benchmarks/README.md", ROOT / "experiments/README.md"]
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of the headings of a Markdown file."""
+    headings = re.findall(r"^#+ (.*)", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        if link.startswith("http"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_documents_name_only_existing_flags():
+    flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Config)}
+    for path in (ROOT / "docs").glob("*.md"):
+        if path.name != "measurements.md":
+            for line in re.findall(r"^\| .*", path.read_text(), re.MULTILINE):
+                for flag in re.findall(r"`(--[a-z-]+)", line):
+                    known = flag in flags or flag.replace("--no-", "--", 1) in flags
+                    assert known or flag.startswith("--master"), (path.name, flag)
