@@ -67,7 +67,7 @@ class Model:
     # the system message of every prompt; "" for none
     system_prompt: str = r"Please reason step by step, and put your final answer within \boxed{}."
     reward: str = "math"  # math, exact, or FILE.py:FUNCTION
-    reward_timeout: float = 10.0  # seconds per response; then its worker is killed, the reward is 0
+    reward_timeout: float = 10.0  # seconds per response; a slower reward is killed and counts 0
     reward_workers: int = 0  # processes per rank; 0: CPU cores / ranks, at most 8
     reward_memory_gib: float = 4.0  # memory of one worker; 0: no limit
     reward_low: float = 0.0  # reward of a wrong response; a correct one gets 1
@@ -88,17 +88,17 @@ class Rollout:
 
 @dataclass
 class Tricks:
-    """Lite PPO's two tricks are the defaults; the others are those that the paper isolates."""
+    """Lite PPO's two tricks are the defaults; the others are options (docs/tricks.md)."""
 
-    advantage_mean: Literal["group", "batch", "none", "leave_one_out"] = "group"  # is subtracted
-    advantage_std: Literal["group", "batch", "none"] = "batch"  # divides; std of the raw rewards
+    advantage_mean: Literal["group", "batch", "none", "leave_one_out"] = "group"  # mean to subtract
+    advantage_std: Literal["group", "batch", "none"] = "batch"  # std to divide by
     loss_level: Literal["token", "sequence", "constant"] = "token"  # what the loss averages over
     clip_low: float = 0.2  # the ratio may fall to 1 - clip_low
     clip_high: float = 0.2  # the ratio may rise to 1 + clip_high; "clip-higher" is 0.28
-    dual_clip: float = 0.0  # bounds the loss at this ratio where the advantage is negative; 0: off
+    dual_clip: float = 0.0  # if A < 0, the loss of a token is at most dual_clip * |A|; 0: off
     kl_coef: float = 0.0  # weight of the k3 KL to the initial model; 0: no reference model
     tis_cap: float = 0.0  # truncated importance sampling, trainer over sampler; 0: off
-    overlong_filter: bool = False  # truncated responses leave the loss, not the mean and std
+    overlong_filter: bool = False  # truncated responses weigh 0; their rewards stay in mean and std
     overlong_buffer: float = 0.0  # soft penalty over this last share of max_new_tokens; DAPO: 0.2
     dynamic_sampling: bool = False  # replace groups that are all right or all wrong (DAPO)
 
@@ -107,7 +107,7 @@ class Tricks:
 class Optimizer:
     """AdamW."""
 
-    steps: int = 500  # rollouts
+    steps: int = 500  # training steps: a rollout and `minibatches` optimizer steps each
     minibatches: int = 1  # optimizer steps per rollout; with 1 the ratio is 1 and nothing clips
     lr: float = 1e-6  # constant after the warm-up
     warmup_steps: int = 50  # steps over which lr rises linearly from 0
@@ -124,11 +124,11 @@ class System:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 on GPUs
     micro_batch_tokens: int = 16384  # tokens of one forward and backward pass per rank
     activation_checkpointing: bool = True  # recompute blocks in the backward pass: less memory
-    shard_ranks: int = 0  # ranks that share one copy of the model; 0: all; 8: one per machine of 8
+    shard_ranks: int = 0  # ranks that share one copy of the model; 0: all; 8: a copy per 8 ranks
     cpu_offload: bool = False  # parameters, gradients and optimizer state live in host memory
     max_num_seqs: int = 256  # sequences that the sampler decodes at once, per rank
     gpu_memory_utilization: float = 0.6  # share of the GPU that vLLM takes while it samples
-    max_logprob_gap: float = 0.0  # nats between sampler and trainer; 0: 1e-3 (float32), 0.1 (bf16)
+    max_logprob_gap: float = 0.0  # largest mean gap, nats; 0: 1e-3 in float32, 0.1 in bfloat16
     timeout_minutes: float = 30.0  # the run ends when a rank makes no progress for so long
 
 
@@ -201,8 +201,8 @@ DUMMY = Response(Problem({}, [0]), np.zeros(1), np.zeros(1), truncated=False, te
 def make_micro_batch(responses, indices, advantages, weights, device) -> MicroBatch:
     """Pack the responses of these indices into one row.
 
-    Without any, pack a one-token dummy: every rank must run a backward pass, or the others hang.
-    advantages, weights: one per response of the step, and a last entry of 0, which the dummy takes.
+    Without any, pack a one-token dummy: FSDP waits for every rank, so every rank must run the pass.
+    advantages, weights: one per response of the step, then a 0 for the dummy (index -1).
     """
     chosen = [responses[i] for i in indices] or [DUMMY]
     prompts = [r.problem.prompt_ids for r in chosen]
@@ -260,7 +260,7 @@ def shard_model(model, cfg: Config, device: torch.device, trainable: bool) -> No
         fsdp.fully_shard(block, **options)
     fsdp.fully_shard(model, **options)
     model.response_logprobs = functools.partial(response_logprobs, model)
-    # The method gathers the weights of the root module before it runs.
+    # FSDP gathers weights before forward() only, so this method is registered too.
     fsdp.register_fsdp_forward_method(model, "response_logprobs")
 
 
@@ -280,7 +280,7 @@ def build_policy(cfg: Config, path: str, device: torch.device, trainable: bool =
 
 
 def full_weights(model, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and full tensor of every parameter, gathered one at a time. All ranks must exhaust it.
+    """Name and full tensor of every parameter. Each rank must read all: gathering is collective.
 
     It includes a tied lm_head.weight: vLLM's CPU backend keeps its own copy.
     """
@@ -365,7 +365,7 @@ def make_minibatches(responses, advantages, step: int, cfg: Config) -> list[list
         chosen = [responses[i] for i in members]
         lengths = torch.tensor([len(r.token_ids) for r in chosen])
         keep = ~torch.tensor([r.truncated for r in chosen]) if cfg.overlong_filter else None
-        # LITE PPO, TRICK 2: every token of the mini-batch weighs the same, on whatever rank it is
+        # LITE PPO, TRICK 2: every token of the mini-batch has the same weight, on all ranks
         weights = torch.zeros(len(responses) + 1)
         weights[members] = tricks.loss_weights(lengths, cfg.loss_level, keep, cfg.max_new_tokens)
 
@@ -418,13 +418,13 @@ def update(policy, optimizer, minibatches, step: int, cfg: Config) -> UpdateStat
 
     for m, micro_batches in enumerate(minibatches):
         for batch in micro_batches:
-            policy.set_requires_all_reduce(batch is micro_batches[-1])  # hybrid sharding: only once
+            policy.set_requires_all_reduce(batch is micro_batches[-1])  # hybrid sharding: once
             logprobs, entropy = policy.response_logprobs(batch, cfg.temperature)
             if batch.old_logprobs is None:
                 batch.old_logprobs = logprobs.detach()
             losses = token_losses(logprobs, batch, cfg)
             loss = (batch.weights * losses).sum()
-            (loss * world).backward()  # FSDP averages over ranks; the objective is their sum
+            (loss * world).backward()  # FSDP takes the mean over ranks; we need the sum
             stats.add(batch, logprobs, entropy, losses, loss)
             clock.tick()
         if m == 0:  # the weights have not moved yet: were the responses sampled from them?
@@ -479,9 +479,10 @@ def train(cfg: Config) -> dict[str, float]:
         optimizer = torch.optim.AdamW(weights, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         run.restore(policy, optimizer, sampler)
         sync_weights(sampler, policy, dtype)
+        metrics = {}  # a finished run has no steps left
 
         for step in run.steps():  # step 0 only evaluates the initial model
-            if step > run.step:
+            if step > run.step:  # else it is trained, and only its evaluation is missing
                 with clock("step"):
                     responses, cursor = rollout(actor, train_set, run.cursor, cfg)
                     sampler.sleep()

@@ -340,3 +340,10 @@ def test_folder_that_ranks_do_not_share_is_one_message(root, tmp_path, monkeypat
     monkeypatch.setattr(checkpoints, "PATIENCE", 0.2)
     with contextlib.ExitStack() as held, pytest.raises(UserError, match=message):
         open_folder(cfg, held)
+
+
+def test_finished_run_may_be_repeated(whole, root):
+    printed = train(root, "whole", **EACH_STEP)
+    assert "resumed from" in printed
+    assert steps_logged(whole) == [0, 1, 2, 3, 4]
+    assert (whole / "final").is_dir()
