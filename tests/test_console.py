@@ -52,7 +52,7 @@ def test_help_explains_every_flag():
 
 def test_help_shows_the_real_defaults_and_names_those_of_the_toy_apart(help_text):
     before, boxes = help_text.split("model options", 1)
-    assert "rollouts (default: 500)" in boxes
+    assert "optimizer steps each (default: 500)" in boxes
     assert "constant after the warm-up (default: 1e-06)" in boxes
     assert "--steps 60" in before
     assert "--no-activation-checkpointing" in before
