@@ -13,11 +13,12 @@ import pytest
 import sympy
 
 from benchmarks.fuzz_rewards import fuzz
-from support.data import last_boxed, load_rows
+from support.answers import answer_comparison
+from support.data import load_rows
 from support.errors import UserError
+from support.notation import last_boxed
 from support.rewards import (
     Grader,
-    answer_comparison,
     exact_reward,
     load_reward,
     math_reward,
@@ -37,7 +38,13 @@ BOXES = {  # text: content of its last box
     r"\boxed{a}}": "a",
     r"\boxed{\boxed{3}}": "3",
     r"\boxed{1} then \boxed{2": None,
-    r"\boxed 5": None,
+    r"\boxed 5": "5",
+    r"so $\boxed 42$.": "42",
+    r"\boxed {42}": "42",
+    r"\fbox{42}": "42",
+    r"\boxed \frac{1}{2}$ is it": r"\frac{1}{2}",
+    r"\boxed": None,
+    r"\boxedtext{3}": None,
     "42": None,
     "": None,
 }

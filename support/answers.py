@@ -1,0 +1,493 @@
+r"""Whether two answers to a mathematical problem are equal. docs/answers.md has the rules.
+
+Answers are compared as text, as numbers, and then with math-verify, which parses LaTeX and compares
+sympy expressions. The parser and the rules for sets, intervals and equations are math-verify's. How
+two values are compared is ours, because math-verify compares with an absolute tolerance:
+
+    exact numbers                   must be equal
+    a decimal and another number    must agree in six digits
+    formulas                        must agree at points for their variables, to 40 digits
+
+Model text is never evaluated as code. A comparison may take long: see rewards.Grader.
+"""
+
+import functools
+import logging
+import re
+import zlib
+from fractions import Fraction
+
+from support.notation import (
+    Quantity,
+    as_word,
+    compact,
+    for_parser,
+    is_literal,
+    split_label,
+    split_unit,
+    tidy,
+    without_thousands_commas,
+)
+
+NUMBER = re.compile(r"[+-]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})")
+PERCENT = re.compile(r"\s*\\?%$")
+BASE = re.compile(r"([0-9A-F]+)_(?:\{(\d+)\}|(\d+))")
+CLOSED_AT_INFINITY = re.compile(r"\[-\\infty|\\infty\]")
+ROUNDED = 5e-6  # relative difference of a number and its first six digits
+
+
+def equal_answers(gold: str, answer: str) -> bool:
+    """Whether the answer equals the gold answer. Either may be any text."""
+    gold, answer = tidy(gold), tidy(answer)
+    if not gold or not answer:
+        return False
+    if same_text(gold, answer):
+        return True
+    gold_label, gold_rest = split_label(gold)
+    label, rest = split_label(answer)
+    if gold_label and label:
+        return gold_label == label
+    if gold_label or label:
+        letter, other = (gold_label, answer) if gold_label else (label, gold)
+        if other == letter:
+            return True
+        gold, answer = gold_rest, rest
+    return bool(gold and answer) and same_quantity(split_unit(gold), split_unit(answer))
+
+
+def same_text(gold: str, answer: str) -> bool:
+    """Whether two tidy answers are the same text, words in any case."""
+    if compact(gold) == compact(answer):
+        return True
+    gold_word, gold_certain = as_word(gold)
+    word, certain = as_word(answer)
+    return bool(word) and word == gold_word and (certain or gold_certain)
+
+
+def same_quantity(gold: Quantity, answer: Quantity) -> bool:
+    """Whether values are equal, and units where both have one."""
+    if gold.unit and answer.unit and not gold.unit & answer.unit:
+        return False
+    values = gold.value, answer.value
+    if same_text(*values):
+        return True
+    numbers = [plain_number(without_thousands_commas(value)) for value in values]
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    bases = [BASE.fullmatch(compact(value)) for value in values]
+    if any(bases):
+        return same_in_base(values, bases)
+    if any(is_literal(for_parser(value)) for value in values) or not same_brackets(*values):
+        return False
+    return any(answer_comparison()(*reading) for reading in readings(*values))
+
+
+def plain_number(text: str) -> Fraction | None:
+    """The value of a number in digits; None for anything else."""
+    return Fraction(text) if NUMBER.fullmatch(text) else None
+
+
+def same_in_base(values: tuple[str, str], bases: list[re.Match | None]) -> bool:
+    """Numerals with a base as index: equal digits. One of the two may leave the base out."""
+    numerals = [base[1] if base else compact(value) for base, value in zip(bases, values)]
+    radices = {base[2] or base[3] for base in bases if base}
+    return numerals[0] == numerals[1] and len(radices) == 1
+
+
+def same_brackets(gold: str, answer: str) -> bool:
+    r"""False if one is a list in ( ) and the other in [ ] or \{ \}, also at an infinite end."""
+    brackets = {outer_brackets(gold), outer_brackets(answer)} - {""}
+    ends = [len(CLOSED_AT_INFINITY.findall(compact(text))) for text in (gold, answer)]
+    return len(brackets) < 2 and ends[0] == ends[1]
+
+
+def outer_brackets(text: str) -> str:
+    """The kind of brackets around a list; "" if there is no list or no bracket around all of it."""
+    text = text.replace("\\{", "⟦").replace("\\}", "⟧")
+    pairs = {"(": ")", "[": "]", "⟦": "⟧"}
+    if "," not in text or text[0] not in "([⟦" or text[-1] not in ")]⟧":
+        return ""
+    depth = 0
+    for place, character in enumerate(text):
+        depth += (character in "([⟦") - (character in ")]⟧")
+        if depth == 0 and place < len(text) - 1:
+            return ""
+    closed = text[-1] == pairs[text[0]]
+    return text[0] if closed else text[0] + text[-1]
+
+
+def readings(gold: str, answer: str):
+    r"""The pairs to compare: the answers as they are, then with other readings of their notation.
+
+    Where one side says \log and the other \ln, \log may be natural. Where one list has spaces
+    after its commas, the commas of the other are not those of thousands.
+    """
+    pair = without_thousands_commas(gold), without_thousands_commas(answer)
+    yield pair
+    if any(r"\ln" in text for text in pair) and any(re.search(BARE_LOG, text) for text in pair):
+        yield tuple(re.sub(BARE_LOG, r"\\ln", text) for text in pair)
+    if ", " in gold + answer and "," in gold and "," in answer:
+        yield tuple(re.sub(r",\s*", ", ", text) for text in (gold, answer))
+
+
+BARE_LOG = r"\\log(?![A-Za-z])(?!\s*_)"
+
+
+class AnswerComparison:
+    """Compares answers with math-verify. Meanwhile sympy evaluates only names and numbers.
+
+    sympy turns strings into expressions by `eval`, also the number tokens of an answer. The LaTeX
+    grammar of math-verify lets nothing else through; here safety does not depend on a grammar.
+    """
+
+    # A name, or a number as sympy writes it.
+    harmless = re.compile(r"[A-Za-z]*|([\d.\s+\-*/()eE]|sqrt|exp|log|pi)*", re.ASCII)
+
+    def __init__(self):
+        import latex2sympy2_extended as parser
+        import math_verify
+        import sympy.parsing.sympy_parser as sympy_parser
+        from math_verify import grader
+
+        # The log warns that the library's time limit is off; the Grader has its own.
+        logging.getLogger("math_verify").setLevel(logging.ERROR)
+        self.verify = math_verify.verify
+        self.equation, self.relation = grader.Eq, (grader.Relational, grader.And)
+        self.may_be_complex = grader.should_treat_as_complex
+        self.last_equation = math_verify.parser.get_last_eq
+        self.latex2sympy = parser.latex2sympy2.latex2sympy
+        self.normalize_latex = parser.latex2sympy2.normalize_latex
+        self.options = parser.latex2sympy2.ConversionConfig(lowercase_symbols=False)
+        self.spelling = parser.latex2sympy2.NormalizationConfig(
+            basic_latex=True, malformed_operators=True, nits=True, units=False, boxed="none"
+        )
+        for name, function in (
+            ("sympy_numeric_eq", same_value),
+            ("sympy_symbolic_eq", never_equal),  # same_value has decided
+            ("sympy_compare_symbols", same_symbol),
+            ("sympy_solve_and_compare", same_solutions),
+        ):
+            getattr(grader, name)  # AttributeError if another version has other names
+            setattr(grader, name, function)
+        self.running = False  # a custom reward may use sympy without the restriction
+        self.sympy_parse_expr = sympy_parser.parse_expr
+        sympy_parser.parse_expr = self.parse_expr
+
+    def __call__(self, gold: str, answer: str) -> bool:
+        """Whether two tidy answers are equal as expressions."""
+        self.running = True
+        try:
+            real = not (self.may_be_complex(gold) or self.may_be_complex(answer))
+            pair = [self.parse(gold, real), self.parse(answer, real)]
+            return self.same(*pair) or (not real and self.same(*map(imaginary, pair)))
+        finally:
+            self.running = False
+
+    def same(self, gold, answer) -> bool:
+        """math-verify's verdict on two expressions. Intervals and inequalities are comparable.
+
+        A value does not equal an equation, unless the equation only names it: x = 5, f(2) = 5.
+        """
+        gold, answer = short_chain(gold), short_chain(answer)
+        if isinstance(gold, self.equation) and not isinstance(answer, self.relation):
+            if not (gold.lhs.is_Symbol or gold.lhs.is_Function):
+                return False
+        sets = [solution_set(expression) for expression in (gold, answer)]
+        if None not in sets:
+            return gold.free_symbols == answer.free_symbols and sets[0] == sets[1]
+        options = dict(timeout_seconds=None, allow_set_relation_comp=True)
+        return self.verify([gold], [answer], **options)
+
+    def parse(self, answer: str, real: bool):
+        """The sympy expression of an answer; its text if the parser does not understand it."""
+        from sympy.logic.boolalg import BooleanAtom
+
+        text = self.normalize_latex(for_parser(answer), self.spelling)
+        for part in dict.fromkeys((text, self.last_equation(text))):
+            try:
+                found = self.latex2sympy(
+                    part, is_real=real, normalization_config=None, conversion_config=self.options
+                )
+            except Exception:  # the parser raises many types
+                continue
+            if not isinstance(found, (list, BooleanAtom)):
+                return found
+        return compact(answer)
+
+    def parse_expr(self, text, *args, **kwargs):
+        """sympy's parse_expr; while answers are compared, only for harmless text."""
+        if self.running and not self.harmless.fullmatch(text):
+            raise ValueError("not a number")
+        return self.sympy_parse_expr(text, *args, **kwargs)
+
+
+@functools.cache
+def answer_comparison() -> AnswerComparison:
+    """The only AnswerComparison of the process: it patches sympy, and its imports take seconds."""
+    return AnswerComparison()
+
+
+# ---- values --------------------------------------------------------------------------------------
+
+DIGITS = 60
+AGREE = 1e-40  # relative difference of equal formulas
+LARGEST = 20_000  # digits of an integer that is still calculated exactly
+
+
+def never_equal(gold, answer) -> bool:
+    """In place of a comparison that is not needed."""
+    return False
+
+
+def same_symbol(gold, answer) -> bool:
+    """Two names, or a name and a product of letters: the same letters, in the same case."""
+    return sorted(letters_of(gold)) == sorted(letters_of(answer)) and bool(letters_of(gold))
+
+
+def letters_of(expression) -> str:
+    """The letters of a name or of a product of names; "" for any other expression."""
+    from sympy import E, Mul, Symbol
+
+    factors = expression.args if isinstance(expression, Mul) else [expression]
+    if not all(factor == E or isinstance(factor, Symbol) for factor in factors):
+        return ""
+    return "".join("e" if factor == E else factor.name for factor in factors)
+
+
+def short_chain(expression):
+    """S = 1 + 2 = 3 as S = 3, if every member but the first is a number.
+
+    A chain of variables, such as a = b = c, becomes a tuple of its equations.
+    """
+    from sympy import Eq, Tuple
+    from sympy.logic.boolalg import And
+
+    parts = getattr(expression, "_unsorted_args", ())
+    if not isinstance(expression, And) or not all(isinstance(part, Eq) for part in parts):
+        return expression
+    if any(part.rhs.free_symbols for part in parts):
+        return Tuple(*parts)
+    return Eq(parts[0].lhs, parts[-1].rhs, evaluate=False)
+
+
+def solution_set(expression):
+    """The numbers that satisfy inequalities in one variable; None for anything else."""
+    from sympy import Eq
+    from sympy.core.relational import Relational
+    from sympy.logic.boolalg import And
+
+    parts = expression.args if isinstance(expression, And) else (expression,)
+    if not all(isinstance(part, Relational) and not isinstance(part, Eq) for part in parts):
+        return None
+    try:
+        return expression.as_set() if len(expression.free_symbols) == 1 else None
+    except (NotImplementedError, TypeError, ValueError):
+        return None
+
+
+def same_solutions(gold, answer, float_rounding, precision) -> bool:
+    """Whether two equations, or two inequalities, have the same solutions.
+
+    With one variable they are solved. With more, both sides may differ by a constant factor only.
+    """
+    from math_verify.grader import sympy_expr_eq
+    from sympy import Eq, FiniteSet, solve
+
+    if gold.free_symbols != answer.free_symbols or not gold.free_symbols:
+        return False
+    if len(gold.free_symbols) == 1:
+        solutions = [solve(relation, *gold.free_symbols) for relation in (gold, answer)]
+        if isinstance(gold, Eq) and isinstance(answer, Eq):
+            solutions = [FiniteSet(*found) for found in solutions]
+        return sympy_expr_eq(*solutions, float_rounding, precision)
+    ratio = (gold.lhs - gold.rhs) / (answer.lhs - answer.rhs)
+    names = sorted(ratio.free_symbols, key=lambda symbol: symbol.name)
+    points = [{s: coordinate(s.name, signs, i) for i, s in enumerate(names)} for signs in range(4)]
+    factors = [value_at(stand_in(exact(ratio)), point) for point in points]
+    if None in factors or not all(close(factor, factors[0], AGREE) for factor in factors):
+        return False
+    kinds = {type(gold), type(answer)}
+    if kinds == {Eq}:
+        return True
+    return factors[0].imag == 0 and (type(gold) is type(answer)) == (factors[0].real > 0)
+
+
+def same_value(gold, answer, *unused) -> bool:
+    """Whether two expressions or matrices have the same value at every point that is tried."""
+    from sympy import MatrixBase, MatrixExpr
+
+    if isinstance(gold, (MatrixBase, MatrixExpr)) or isinstance(answer, (MatrixBase, MatrixExpr)):
+        return same_matrix(gold.doit(), answer.doit())
+    percents = [percentage(expression) for expression in (gold, answer)]
+    if (percents[0] is None) != (percents[1] is None):
+        number, other = (percents[0], answer) if percents[1] is None else (percents[1], gold)
+        if abs(number) >= 1 and same_value(number, other):
+            return True  # the sign may be left out
+    exact = [exact_number(expression) for expression in (gold, answer)]
+    rounded = [has_decimal(expression) for expression in (gold, answer)]
+    if None not in exact:
+        if exact[0] == exact[1] or rounded[0] == rounded[1]:
+            return exact[0] == exact[1]
+    return same_at_points(gold, answer, ROUNDED if rounded[0] != rounded[1] else AGREE)
+
+
+def same_matrix(gold, answer) -> bool:
+    """Equal shapes and equal entries."""
+    if getattr(gold, "shape", None) != getattr(answer, "shape", None):
+        return False
+    return all(same_value(a, b) for a, b in zip(gold.flat(), answer.flat()))
+
+
+def percentage(expression):
+    """The number before a percent sign; None without one."""
+    from sympy import Mul, Rational, UnevaluatedExpr
+
+    is_percent = isinstance(expression, Mul) and len(expression.args) == 2
+    if is_percent and expression.args[1] == UnevaluatedExpr(Rational(1, 100)):
+        return expression.args[0] if expression.args[0].is_number else None
+    return None
+
+
+def has_decimal(expression) -> bool:
+    """Whether the expression holds a number with a decimal point."""
+    from sympy import Float
+
+    return expression.has(Float)
+
+
+def exact(expression):
+    """The expression with its decimals as fractions, as they were typed, and without percents."""
+    from sympy import Float, Rational, UnevaluatedExpr
+
+    values = {number: Rational(str(number)) for number in expression.atoms(Float)}
+    values |= {part: part.args[0] for part in expression.atoms(UnevaluatedExpr)}
+    return expression.xreplace(values)
+
+
+def exact_number(expression):
+    """The rational number that an expression is; None if it is none, or if it is huge."""
+    from sympy import Abs, log
+
+    if expression.free_symbols:
+        return None
+    expression = exact(expression)
+    try:
+        if not expression.is_Rational:
+            size = Abs(log(Abs(expression.evalf(15)), 10)).evalf(15)
+            if not (size.is_number and size < LARGEST):
+                return expression if expression.is_zero else None
+            expression = expression.doit()
+    except (ArithmeticError, AttributeError, TypeError, ValueError, NotImplementedError):
+        return None
+    return expression if expression.is_Rational else None
+
+
+def same_at_points(gold, answer, tolerance: float) -> bool:
+    """Whether two expressions agree at points with positive and negative values of the variables.
+
+    Points where neither is real do not count, unless the imaginary unit occurs. If no point can be
+    calculated, the expressions must be equal after doit().
+    """
+    from sympy import I
+
+    pair = [stand_in(exact(expression)) for expression in (gold, answer)]
+    names = sorted({s for e in pair for s in e.free_symbols}, key=lambda s: s.name)
+    is_complex = any(expression.has(I) for expression in pair)
+    counted = []
+    for signs in range(4 if names else 1):
+        point = {name: coordinate(name.name, signs, i) for i, name in enumerate(names)}
+        values = [value_at(expression, point) for expression in pair]
+        if None in values:
+            continue
+        if not close(*values, tolerance):
+            if is_complex or signs == 0 or any(abs(v.imag) < AGREE for v in values):
+                return False
+            continue
+        counted.append(point)
+    if counted and tolerance == AGREE:
+        return not certainly_differ(*pair, counted[0])
+    return bool(counted) or pair[0].doit() == pair[1].doit()
+
+
+def certainly_differ(gold, answer, point) -> bool:
+    """Whether the difference of two values that agree in 40 digits is certainly not 0.
+
+    It may be tiny beside a large part that both have: 1 + 2^{-1000} and 1 + 2^{-2000}.
+    """
+    from sympy import expand
+
+    rest = expand(gold - answer)
+    value = value_at(rest, point) if rest != 0 else 0
+    return bool(value)
+
+
+def coordinate(name: str, signs: int, place: int):
+    """A fraction between 0.3 and 3.3 that depends on the name; negative for some signs."""
+    from sympy import Rational
+
+    number = Rational(3001 + zlib.crc32(f"{signs} {name}".encode()) % 30011, 10007)
+    negative = signs == 1 or (signs == 2 and place % 2 == 0) or (signs == 3 and place % 2 == 1)
+    return -number if negative else number
+
+
+def stand_in(expression):
+    """The expression with variables in place of what has no value at a point.
+
+    These are unknown functions, their derivatives, and sums, products, limits and integrals that
+    depend on a variable and that sympy cannot calculate.
+    """
+    from sympy import Derivative, Integral, Limit, Product, Sum, Symbol
+    from sympy.core.function import AppliedUndef
+
+    values = {}
+    for part in expression.atoms(Sum, Product, Limit, Integral, Derivative):
+        found = part.doit() if part.free_symbols else part
+        if found.free_symbols and found.has(Sum, Product, Limit, Integral, Derivative):
+            found = Symbol(f"value of {part}")
+        elif isinstance(part, Derivative) and not found.free_symbols:
+            found = Symbol(f"value of {part}")
+        values[part] = found
+    expression = expression.xreplace(values)
+    unknown = expression.atoms(AppliedUndef)
+    return expression.xreplace({part: Symbol(f"value of {part}") for part in unknown})
+
+
+def value_at(expression, point):
+    """The value as an mpmath number of 60 digits; None if it cannot be calculated.
+
+    A result that is rounding noise is 0: it changes with the number of digits.
+    """
+    import mpmath
+
+    values = []
+    for digits in (DIGITS, DIGITS + 30):
+        found = expression.evalf(digits, subs=point, maxn=400)
+        try:
+            with mpmath.workdps(digits):
+                values.append(mpmath.mpmathify(found))
+        except TypeError:  # not a number
+            return None
+    if not all(mpmath.isfinite(value) for value in values):
+        return None
+    with mpmath.workdps(DIGITS):
+        if abs(values[0] - values[1]) > AGREE * abs(values[1]):
+            return mpmath.mpc(0) if abs(values[1]) < 1e-50 else None
+        return mpmath.mpc(values[1])
+
+
+def close(a, b, tolerance: float) -> bool:
+    """Whether two numbers differ by at most a share of the larger one."""
+    return abs(a - b) <= tolerance * max(abs(a), abs(b))
+
+
+def imaginary(expression):
+    """The expression with i as the imaginary unit; text stays."""
+    from sympy import Basic, I
+
+    if not isinstance(expression, Basic):
+        return expression
+    letters = {s: I for s in expression.free_symbols if s.name == "i"}
+    try:
+        return expression.xreplace(letters)
+    except (TypeError, ValueError):  # i is the index of a sum
+        return expression

@@ -1,0 +1,489 @@
+r"""The notation of an answer: one spelling for one meaning, before anything is calculated.
+
+tidy() rewrites what a model or a data set writes into plain LaTeX. split_unit(), split_label() and
+as_word() take an answer apart. for_parser() keeps the marks that the LaTeX parser of math-verify
+would lose. docs/answers.md says what counts as equal.
+
+This file imports nothing but the standard library.
+"""
+
+import re
+import unicodedata
+from typing import NamedTuple
+
+BRACE = re.compile(r"[{}]")
+BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+FONT = r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:bf|it|rm|sf|tt)|mbox|hbox|boldsymbol|bm)"
+SPACE = r"(?:\s|~|(?<!\\)\\[ ,;:!>]|\\q?quad(?![A-Za-z]))"
+
+# ---- the box -------------------------------------------------------------------------------------
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last `\boxed{...}` or `\fbox{...}`, without spaces around it.
+
+    Braces are balanced. Without braces, as in `\boxed 42`, the content is the text up to the next
+    space or the end of the formula. None if there is no box, or if the last one is not closed.
+    """
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    box = BOX.match(text, start) if start >= 0 else None
+    if not box:
+        return None
+    if text[box.end() : box.end() + 1] != "{":
+        rest = text[box.end() : box.end() + 200]
+        bare = re.match(r"(?:\\(?![\])])|\{[^{}]*\}|[^\s$\\{}])*", rest)[0]
+        return bare.rstrip(".,;:") or None
+    end = closing_brace(text, box.end())
+    return None if end is None else text[box.end() + 1 : end].strip()
+
+
+def closing_brace(text: str, opening: int) -> int | None:
+    """Position of the brace that closes the one at `opening`; None if nothing closes it."""
+    depth = 0
+    for brace in BRACE.finditer(text, opening):
+        depth += 1 if brace.group() == "{" else -1
+        if depth == 0:
+            return brace.start()
+    return None
+
+
+# ---- one spelling --------------------------------------------------------------------------------
+
+CHARACTERS = {
+    "−–—‐‑﹣": "-",
+    "×✕": r"\times ",
+    "·⋅∙•": r"\cdot ",
+    "÷": r"\div ",
+    "±": r"\pm ",
+    "∓": r"\mp ",
+    "≤⩽": r"\le ",
+    "≥⩾": r"\ge ",
+    "≠": r"\ne ",
+    "≈": r"\approx ",
+    "≡": r"\equiv ",
+    "∞": r"\infty ",
+    "∪": r"\cup ",
+    "∩": r"\cap ",
+    "∖": r"\setminus ",
+    "∈": r"\in ",
+    "∉": r"\notin ",
+    "⊂": r"\subset ",
+    "⊆": r"\subseteq ",
+    "∅": r"\emptyset ",
+    "ℝ": r"\mathbb{R}",
+    "ℤ": r"\mathbb{Z}",
+    "ℚ": r"\mathbb{Q}",
+    "ℕ": r"\mathbb{N}",
+    "ℂ": r"\mathbb{C}",
+    "°": r"^\circ ",
+    "′’ʹ": "'",
+    "″": "''",
+    "…": r"\ldots ",
+    "→": r"\to ",
+    "∠": r"\angle ",
+    "△": r"\triangle ",
+    "⌊": r"\lfloor ",
+    "⌋": r"\rfloor ",
+    "⌈": r"\lceil ",
+    "⌉": r"\rceil ",
+    "∫": r"\int ",
+    "∑": r"\sum ",
+    "∏": r"\prod ",
+    "。": ".",
+    "，、": ",",
+    "；": ";",
+    "\u00a0\u2009\u202f\u2002\u2003\u200b": " ",
+}
+CHARACTERS = {ord(c): new for characters, new in CHARACTERS.items() for c in characters}
+NAMES = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau"
+NAMES = f"{NAMES} upsilon phi chi psi omega".split()
+for _name, _small, _large in zip(NAMES, "αβγδεζηθικλμνξπρστυφχψω", "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΠΡΣΤΥΦΧΨΩ"):
+    CHARACTERS[ord(_small)] = rf"\{_name} "
+    CHARACTERS[ord(_large)] = rf"\{_name.capitalize()} "
+RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ", "0123456789+-ni"))
+LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋ₙᵢ", "0123456789+-ni"))
+ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
+
+SPELLINGS = [  # pattern, replacement: in this order
+    (r"\\(?:left|right|middle)\s*\.", ""),
+    (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])", ""),
+    (r"\\(?:displaystyle|textstyle|limits|nolimits|strut)(?![A-Za-z])", ""),
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\(?:varnothing)(?![A-Za-z])", r"\\emptyset"),
+    (r"\\var(epsilon|phi|theta|rho|sigma|kappa)(?![A-Za-z])", r"\\\1"),
+    (r"\\(?:leq|leqslant)(?![A-Za-z])|<=", r"\\le "),
+    (r"\\(?:geq|geqslant)(?![A-Za-z])|>=", r"\\ge "),
+    (r"\\neq(?![A-Za-z])|!=", r"\\ne "),
+    (r"\\lt(?![A-Za-z])", "<"),
+    (r"\\gt(?![A-Za-z])", ">"),
+    (r"\\(?:dots|cdots|dotsc|dotsb|dotso)(?![A-Za-z])|(?<!\.)\.\.\.(?!\.)", r"\\ldots "),
+    (r"\\lbrace(?![A-Za-z])", r"\\{"),
+    (r"\\rbrace(?![A-Za-z])", r"\\}"),
+    (r"\\[lr]?vert(?![A-Za-z])", "|"),
+    (r"\\lbrack(?![A-Za-z])", "["),
+    (r"\\rbrack(?![A-Za-z])", "]"),
+    (r"\\(?:degree|degrees)(?![A-Za-z])|\\text\{\s*°\s*\}", r"^\\circ "),
+    (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
+    (r"\^\s*(?:\{\s*)?\\(?:top|intercal)(?![A-Za-z])(?:\s*\})?", "^T"),
+    (r"\^\s*\{\s*(?:\\(?:mathsf|mathrm|text|mathbf)\{\s*)?T\s*\}(?:\s*\})?", "^T"),
+    (r"\^\s*\\(?:mathsf|mathrm|text)\{\s*T\s*\}", "^T"),
+    (r"\^\s*(?:\{\s*)?(?:\\ast|\\star|\*)(?![A-Za-z])(?:\s*\})?", "^*"),
+    (r"\^\s*\{\s*((?:\\prime\s*|')+)\}", r"^\1"),
+    (r"\^\s*((?:\\prime(?![A-Za-z])\s*)+)", lambda found: "'" * found[1].count("prime")),
+    (r"\^\s*('+)", r"\1"),
+    (r"(?<=\d)(?:,\\!|\{,\}|\\[,!; ])(?=\d{3}(?!\d))", ""),
+    (r"^(-?\d{1,3}) (?=\d{3}(?: \d{3})*$)", r"\1"),
+    (r"(?<!\\)\\[,;:>! ]|~|\\q?quad(?![A-Za-z])", " "),
+    (r"\*\*", "^"),
+    (r"\\operatorname\*?\{(sin|cos|tan|cot|sec|csc|log|ln|exp|gcd|max|min|arg)\}", r"\\\1 "),
+]
+SPELLINGS = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
+
+FUNCTIONS = (
+    "arcsin arccos arctan sinh cosh tanh sqrt sin cos tan cot sec csc log ln exp gcd lcm max min"
+).split()
+FUNCTION = re.compile(rf"(?<![\\A-Za-z])({'|'.join(FUNCTIONS)})(?=\s*\()")
+PLAIN_NAME = re.compile(rf"(?<![\\A-Za-z{{_])({'|'.join(NAMES)})(?![A-Za-z])")
+INFINITE = re.compile(r"(?<![\\A-Za-z{])(?:infinity|inf|oo)(?![A-Za-z])", re.IGNORECASE)
+E_NOTATION = re.compile(r"(?<![\w.\\])(\d+(?:\.\d+)?|\.\d+)[eE]([+-]?\d+)(?![\w.])")
+REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\{(\d{1,30})\}")
+THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+
+
+def tidy(text: str) -> str:
+    """The answer in plain LaTeX, without spaces, full stops and math delimiters around it."""
+    text = trim(from_unicode(text))
+    for pattern, new in SPELLINGS:
+        text = pattern.sub(new, text)
+    text = from_code(unwrap(text))
+    return trim(REPEATING.sub(repeating_decimal, text))
+
+
+def from_unicode(text: str) -> str:
+    """Mathematical characters as LaTeX: superscripts, roots, fractions, full-width forms."""
+    for digits, mark in ((RAISED, "^"), (LOWERED, "_")):
+        run = re.compile(f"[{''.join(digits)}]+")
+        text = run.sub(
+            lambda found, digits=digits, mark=mark: (
+                mark + "{" + "".join(digits[c] for c in found[0]) + "}"
+            ),
+            text,
+        )
+    text = re.sub(r"[√∛∜]\s*(\d+(?:\.\d+)?|[A-Za-z]|(?=[({]))", unicode_root, text)
+    text = text.translate(CHARACTERS)
+    return "".join(fraction_or_letter(c) for c in text)
+
+
+def unicode_root(found: re.Match) -> str:
+    """√3 as a command. A bracket or brace after the sign stays."""
+    return ROOTS[found[0][0]] + ("{" + found[1] + "}" if found[1] else "")
+
+
+def fraction_or_letter(character: str) -> str:
+    """½ as a command; full-width and mathematical letters as ASCII; all else as it is."""
+    if character.isascii():
+        return character
+    plain = unicodedata.normalize("NFKC", character)
+    upper, slash, lower = plain.partition("\u2044")
+    if slash:
+        return rf"\frac{{{upper}}}{{{lower}}}"
+    return plain if plain.isascii() else character
+
+
+def trim(text: str) -> str:
+    """Without spaces around it and without a full stop, comma, colon or semicolon at the end."""
+    before = None
+    while text != before:
+        before = text
+        text = re.sub(rf"^{SPACE}+", "", text)
+        text = re.sub(rf"(?:{SPACE}|\\\\|(?<!\\)\\$)+$", "", text)
+        text = re.sub(r"(?<![.\\])[.,;:]$", "", text)
+    return text
+
+
+def unwrap(text: str) -> str:
+    """Without math delimiters, boxes, fonts and braces that enclose all of it."""
+    before = None
+    while text != before:
+        before = text = trim(text)
+        for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+            inner = text[len(left) : len(text) - len(right)]
+            if len(text) > len(left + right) and text == left + inner + right:
+                text = inner if left not in inner else text
+        wrapper = re.match(rf"(?:{FONT}|\\boxed|\\fbox)?\s*(?=\{{)", text)
+        if wrapper and closing_brace(text, wrapper.end()) == len(text) - 1:
+            text = text[wrapper.end() + 1 : -1]
+    return text
+
+
+def from_code(text: str) -> str:
+    r"""Program code as LaTeX: sqrt(2), pi/2, x^(1/2), 1.6e-19. LaTeX stays as it is."""
+    if re.search(r"\\text|\\math|\\operatorname", text):
+        return text
+    text = FUNCTION.sub(r"\\\1", text)
+    text = INFINITE.sub(r"\\infty ", PLAIN_NAME.sub(r"\\\1 ", text))
+    text = E_NOTATION.sub(r"\1 \\times 10^{\2}", text)
+    for opening in (r"\\sqrt\s*\(", r"\^\s*\("):
+        text = brackets_to_braces(text, re.compile(opening))
+    return text
+
+
+def brackets_to_braces(text: str, opening: re.Pattern) -> str:
+    """The bracket at the end of each match, and the one that closes it, as braces."""
+    begin = 0
+    while found := opening.search(text, begin):
+        depth = 1
+        end = found.end()
+        while end < len(text) and depth:
+            depth += {"(": 1, ")": -1}.get(text[end], 0)
+            end += 1
+        begin = found.end()
+        if not depth:
+            inner = text[found.end() : end - 1]
+            text = f"{text[: found.end() - 1]}{{{inner}}}{text[end:]}"
+    return text
+
+
+def repeating_decimal(found: re.Match) -> str:
+    r"""0.1\overline{6} as a fraction."""
+    whole, fixed, repeated = found.groups()
+    below = 10 ** len(fixed) * (10 ** len(repeated) - 1)
+    above = int(whole + fixed + repeated or 0) - int(whole + fixed or 0)
+    return rf"\frac{{{above}}}{{{below}}}"
+
+
+def without_thousands_commas(text: str) -> str:
+    """1,234 as 1234, where no other comma and no bracket makes it a list."""
+    plain = THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
+    return text if "," in plain or re.search(r"[(\[]|\\\{", text) else plain
+
+
+def compact(text: str) -> str:
+    r"""Without spaces and without braces around a single character: `x^{2}` is `x^2`."""
+    text = re.sub(r"(\\[A-Za-z]+)\s+(?=[A-Za-z])", r"\1{}", text)
+    text = re.sub(r"\s+", "", text)
+    return re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
+
+
+# ---- units, labels, words ------------------------------------------------------------------------
+
+
+class Quantity(NamedTuple):
+    value: str
+    unit: frozenset[str]  # words such as {"km", "h"}; empty: no unit
+
+
+UNIT_NAMES = {
+    "m": "meter metre",
+    "cm": "centimeter centimetre",
+    "mm": "millimeter millimetre",
+    "km": "kilometer kilometre",
+    "in": "inch inche",
+    "ft": "foot feet",
+    "yd": "yard",
+    "mi": "mile",
+    "g": "gram gm",
+    "kg": "kilogram",
+    "mg": "milligram",
+    "lb": "pound",
+    "oz": "ounce",
+    "l": "liter litre",
+    "ml": "milliliter millilitre",
+    "s": "sec second",
+    "min": "minute",
+    "h": "hr hour",
+    "yr": "year",
+    "$": "dollar usd",
+    "¢": "cent",
+    "€": "euro",
+    "£": "pounds_sterling",
+    "deg": "degree",
+    "mph": "",
+    "kph": "kmh",
+    "kw": "",
+    "hz": "",
+    "ev": "",
+    "nm": "",
+    "mol": "",
+    "rad": "radian",
+    "pm": "",
+    "am": "",
+    "sq": "square",
+    "cu": "cubic",
+}
+UNIT = {name: unit for unit, names in UNIT_NAMES.items() for name in [unit, *names.split()]}
+NOT_UNITS = set(
+    "if and or for when where is not no odd even only otherwise but with all any every none mod "
+    "iff then while both either such that exists sin cos tan cot sec csc log exp sqrt max min gcd "
+    "lcm inf infinity".split()
+) | set(NAMES)
+IN_TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mbox|hbox|operatorname)\s*\{([^{}]*)\}"
+POWER = r"(?:\^\s*\{?\s*-?\d\s*\}?)?"
+TEXT_UNIT = re.compile(rf"(?:\s*(?:/|\\cdot|\\times|\^\\circ)?\s*{IN_TEXT}\s*{POWER})+$")
+WORD_UNIT = re.compile(rf"(?<=[\d}})\s])\s*([A-Za-z]+(?:[ /]+[A-Za-z]+)*{POWER})$")
+DEGREES = re.compile(r"\s*\^\\circ\s*[CFK]?$")
+CURRENCY = re.compile(r"^(-?)\s*(?:\\?\$|\\text\{\s*\\?\$\s*\}|(€|\\euro)|(£|\\pounds))\s*")
+CALCULATION = re.compile(r"\\(?:frac|sqrt|pi|cdot|times|div|infty)(?![A-Za-z])|\\[%$]")
+
+
+def is_number(text: str) -> bool:
+    r"""Whether the text holds numbers and \pi only, no variable and no list."""
+    rest = CALCULATION.sub("", text)
+    return bool(re.search(r"\d|\\pi|\\infty", text)) and not re.search(r"[A-Za-z,;=<>\\]", rest)
+
+
+def split_unit(text: str) -> Quantity:
+    r"""The answer without its unit, and the unit.
+
+    A unit is a currency sign before a number; degrees after it; a text such as `\text{ cm}^2` at
+    the end; a plain word of three or more letters, or a common abbreviation, after a number. A
+    single letter without `\text` is a variable.
+    """
+    currency = CURRENCY.match(text)
+    if currency and is_number(text[currency.end() :]):
+        sign = "€" if currency[2] else "£" if currency[3] else "$"
+        return Quantity(currency[1] + text[currency.end() :], frozenset({sign}))
+    degrees = DEGREES.search(text)
+    if degrees and is_number(text[: degrees.start()]):
+        return Quantity(text[: degrees.start()], frozenset({"deg"}))
+    for pattern in (TEXT_UNIT, WORD_UNIT):
+        found = pattern.search(text)
+        value = trim(text[: found.start()]) if found else ""
+        words = unit_words(found[0]) if value else frozenset()
+        if words and (is_number(value) or pattern is TEXT_UNIT and not value.endswith(("=", ","))):
+            if pattern is TEXT_UNIT or not has_short_name(found[1]):
+                return Quantity(value, words)
+    return Quantity(text, frozenset())
+
+
+def has_short_name(text: str) -> bool:
+    """Whether a word of the text may be a variable: one letter, or two that are no known unit."""
+    words = re.findall(r"[A-Za-z]+", text)
+    return any(len(w) == 1 or len(w) == 2 and w.lower() not in UNIT for w in words)
+
+
+def unit_words(text: str) -> frozenset[str]:
+    r"""The words of a unit in one spelling; empty if a word shows that the text is no unit."""
+    text = re.sub(rf"{FONT}|\\operatorname|\\cdot|\\times|\\circ|\^(?=\s*\\circ)", " ", text)
+    text = re.sub(r"[\s}]*\^\s*\{?\s*(-?\d)\s*\}?", r"\1", text)
+    text = re.sub(r"[{}]", " ", text)
+    words = re.findall(r"[A-Za-z]+-?\d?", text)
+    if any(word.lower() in NOT_UNITS for word in words) or re.search(r"[^A-Za-z\d\s/.-]", text):
+        return frozenset()
+    spelled = [spell_unit(word) for word in words]
+    for size, power in (("sq", "2"), ("cu", "3")):
+        if size in spelled[:-1]:
+            place = spelled.index(size)
+            spelled[place : place + 2] = [spelled[place + 1] + power]
+    return frozenset(spelled)
+
+
+def spell_unit(word: str) -> str:
+    """A unit in one spelling: lower case unless it has one letter, singular, abbreviated."""
+    letters, power = re.fullmatch(r"([A-Za-z]+)(-?\d?)", word).groups()
+    if len(letters) > 1:
+        letters = letters.lower()
+        if letters not in UNIT and letters.endswith("s") and len(letters) > 2:
+            letters = letters[:-1]
+    return UNIT.get(letters, letters) + power
+
+
+LABEL = re.compile(rf"(?:{FONT}\s*\{{\s*)?\(\s*([A-J])\s*\)\s*(\}}?)\s*")
+
+
+def split_label(text: str) -> tuple[str, str]:
+    r"""The letter of a choice and the rest: `\textbf{(B) } 5` is ("B", "5"), `(B)` is ("B", "").
+
+    ("", text) if the text does not begin with a capital letter in brackets, or if the brackets may
+    be a product: a rest needs a font or a space before it.
+    """
+    label = LABEL.match(text)
+    if not label or bool(label[2]) != ("{" in label[0]):
+        return "", text
+    rest = text[label.end() :]
+    marked = label[2] or label[0][-1].isspace()
+    if rest and not marked:
+        return "", text
+    return label[1], trim(rest)
+
+
+WORDS = set("yes no true false odd even none east west north south left right up down".split())
+
+
+def as_word(text: str) -> tuple[str, bool]:
+    r"""The answer as words in lower case, or "", and whether it is certainly no product of letters.
+
+    It is certain inside `\text{}`, and for words such as yes, no, true, false.
+    """
+    plain = re.sub(rf"{FONT}\s*\{{([^{{}}]*)\}}", r"\1", text)
+    plain = " ".join(re.sub(r"\\?\s+", " ", plain).split()).rstrip(".").lower()
+    if not re.fullmatch(r"[a-z][a-z '-]+", plain):
+        return "", False
+    return plain, plain != text.lower() or plain in WORDS
+
+
+# ---- marks that the parser loses -----------------------------------------------------------------
+
+LETTER = r"(\\[A-Za-z]+(?:\{[^{}]*\})?|[A-Za-z])"
+INDEX = r"(?:_\s*(?:\{([^{}]*)\}|(\w|\\[A-Za-z]+)))?"
+PRIMES = re.compile(rf"{LETTER}{INDEX}('+){INDEX}")
+ORDER = re.compile(rf"(?<![\d)}}]){LETTER}{INDEX}\^\s*\{{\s*\(\s*(\w+)\s*\)\s*\}}")
+LETTERFORM = re.compile(
+    r"\\(mathcal|mathfrak|mathscr|mathds|mathbb|mathsf|mathtt)\s*\{?([A-Za-z])\}?"
+)
+LEIBNIZ = re.compile(
+    r"\\frac\{\s*(?:d|\\partial)\s*((?:\^\{?\d\}?)?\s*\\?[A-Za-z]+)\s*\}"
+    r"\{\s*(?:d|\\partial)\s*(\\?[A-Za-z]+)\s*(?:\^\{?\d\}?)?\s*\}"
+)
+CAPITAL_I = re.compile(r"\\(?!d?frac|sqrt)[A-Za-z]+\{[^{}]*\}|(?<![A-Za-z\\])I(?![A-Za-z])")
+LITERAL = re.compile(
+    r"'|\^T|!\s*!|\\ldots|\\(?:angle|triangle|parallel|perp|sim|cong|simeq|subset|subseteq|supset"
+    r"|supseteq|otimes|oplus|rtimes|ltimes|pmod|bmod|mid|nmid)(?![A-Za-z])"
+)
+
+
+def is_literal(text: str) -> bool:
+    """Whether the text has marks for which the parser has no meaning. Compare such text as text."""
+    return bool(LITERAL.search(text))
+
+
+def for_parser(text: str) -> str:
+    r"""Marks that the parser ignores become part of a name, so that they count.
+
+    f' and f'' become names of their own; so do the derivative f^{(3)}, script letters, dy/dx,
+    Gamma and gamma (which the parser takes for Euler's constant), I (for the imaginary unit), and
+    gcd and lcm of variables (which sympy takes for polynomials).
+    """
+    text = PRIMES.sub(
+        lambda m: named(m[1], first(m[2], m[3], m[5], m[6]), "prime" * len(m[4])), text
+    )
+    text = ORDER.sub(lambda m: named(m[1], first(m[2], m[3]), f"order{m[4]}"), text)
+    text = LEIBNIZ.sub(lambda m: rf"\hat{{d{letters(m[1])}d{letters(m[2])}}}", text)
+    text = LETTERFORM.sub(letterform, text)
+    text = re.sub(r"\\([gG]amma)(?![A-Za-z])(?!\s*\()", r"\\hat{\1}", text)
+    text = CAPITAL_I.sub(lambda m: m[0] if m[0] != "I" else r"\hat{I}", text)
+    if re.search(r"\\(?:gcd|lcm)[^A-Za-z]*[A-Za-z]", text):
+        text = re.sub(r"\\(gcd|lcm)\s*(?=\()", r"g_{\1}", text)
+    return text
+
+
+def first(*groups: str | None) -> str:
+    """The groups of an index that were found, one after the other."""
+    return "".join(group for group in groups if group)
+
+
+def named(letter: str, index: str, mark: str) -> str:
+    """A letter whose index holds the mark."""
+    return f"{letter}_{{{letters(index)}{mark}}}"
+
+
+def letters(text: str) -> str:
+    """The letters and digits of a text."""
+    return re.sub(r"[^A-Za-z0-9]", "", text)
+
+
+def letterform(found: re.Match) -> str:
+    r"""A script or blackboard letter as a name. \mathbb{R}, Z, N, Q and C stay: they are sets."""
+    if found[1] == "mathbb" and found[2] in "RZNQC":
+        return rf"\mathbb{{{found[2]}}}"
+    return rf"\hat{{{found[1]}{found[2]}}}"
