@@ -7,10 +7,13 @@ process that it runs in.
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import faulty
+from tests.forks import Fork
 from tests.world import ROOT, command_line, make_world, missing_engine, start_ranks
 
 ON_TWO_RANKS = [
@@ -34,12 +37,13 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def ranks_and_helpers(request) -> None:
-    """Start torch.distributed, and the helpers if a test needs one."""
+    """Start torch.distributed, and the helpers and faulty runs if a test needs them."""
     start_ranks()
     if reason := missing_engine():
         pytest.skip(reason)
-    if any("helpers" in item.fixturenames for item in request.session.items):
-        request.getfixturevalue("helpers")
+    for name in ("helpers", "faulty_runs"):
+        if any(name in item.fixturenames for item in request.session.items):
+            request.getfixturevalue(name)
 
 
 class Helpers:
@@ -87,3 +91,12 @@ def helpers(root):
     helpers.start("script", str(ROOT / "lite_ppo.py"), *command_line(root))
     yield helpers
     helpers.stop()
+
+
+@pytest.fixture(scope="session")
+def faulty_runs(root) -> Iterator[dict[str, Fork]]:
+    """Runs on two ranks, each with a fault, by its name."""
+    runs = faulty.start_all(root)
+    yield runs
+    for run in runs.values():
+        run.process.terminate()  # the launcher passes the signal on to its ranks

@@ -1,12 +1,10 @@
-"""lite_ppo.py with a fault: python -m tests.faulty FAULT [flags of lite_ppo.py]
-
-test_faults.py starts this as processes of their own. The last rank has the fault, the others work.
-"""
+"""lite_ppo.py with a fault. The last rank has the fault, the others work."""
 
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -14,6 +12,8 @@ import lite_ppo
 from support import models
 from support.clock import clock
 from support.samplers import TransformersSampler
+from tests import forks
+from tests.world import command_line
 
 clip_grad_norm = torch.nn.utils.clip_grad_norm_
 compute_advantages = lite_ppo.compute_advantages
@@ -73,12 +73,39 @@ FAULTS = {  # name: the function that is replaced, and by what
 }
 
 
-def main() -> int:
-    owner, name, faulty = FAULTS[sys.argv.pop(1)]
+def main(fault: str) -> int:
+    owner, name, faulty = FAULTS[fault]
     if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
         setattr(owner, name, faulty)
     return lite_ppo.main()
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+def main_without_vllm() -> int:
+    sys.modules["vllm"] = None  # its import fails
+    return lite_ppo.main()
+
+
+# ---- every fault on two ranks --------------------------------------------------------------------
+
+WAITING = {"--timeout-minutes": "0.3"}
+FLAGS = {  # fault: flags of the run
+    "hung": WAITING,
+    "frozen": WAITING,
+    "dead": {},
+    "failing": {},
+    "memory": {},
+    "overflow": {},
+    "dead once": {"--steps": "4", "--save-every": "1"},
+}
+
+
+def start_all(root: Path) -> dict[str, forks.Fork]:
+    """A run for each fault, one after the other; two of them only wait, at the same time."""
+    turn = forks.SERVER.Lock()
+    runs = {}
+    for fault, flags in FLAGS.items():
+        argv = command_line(root, **{"--output-dir": f"{root}/{fault}"} | flags)
+        own_turn = None if flags is WAITING else turn
+        restarts = int(fault == "dead once")
+        runs[fault] = forks.two_ranks(main, fault, argv=argv, restarts=restarts, turn=own_turn)
+    return runs

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import lite_ppo
 from lite_ppo import PRESETS, Config
 from support import launch
 from support.checkpoints import Position
 from support.data import Problem
 from support.logs import Log, sample_text
 from support.response import Response
+from tests.forks import Fork, train_each
 from tests.world import ROOT, config
 
 # ---- --help --------------------------------------------------------------------------------------
@@ -24,9 +26,9 @@ from tests.world import ROOT, config
 @pytest.fixture(scope="module")
 def help_text() -> str:
     """The output of --help, without boxes and line breaks."""
-    command = [sys.executable, ROOT / "lite_ppo.py", "--help"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return " ".join(printed.replace("│", " ").split())
+    result = Fork(lite_ppo.main, argv=["--help"]).wait()
+    assert result.returncode == 0, result.stderr
+    return " ".join(result.stdout.replace("│", " ").split())
 
 
 def test_there_are_at_most_56_flags(help_text):
@@ -74,14 +76,8 @@ def test_flags_reach_the_config_from_every_group():
 def printed(root, tmp_path_factory) -> tuple[str, str, Path]:
     """What a run of two steps prints on stdout and stderr, and its folder."""
     folder = tmp_path_factory.mktemp("console") / "run"
-    cfg = dataclasses.asdict(config(root, output_dir=str(folder), steps=2))
-    code = (
-        "import lite_ppo; from tests.world import start_ranks; start_ranks(); "
-        f"lite_ppo.train(lite_ppo.Config(**{cfg!r}))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
-    )
+    result = Fork(train_each, config(root, output_dir=str(folder), steps=2)).wait()
+    assert result.returncode == 0, result.stderr
     return result.stdout, result.stderr, folder
 
 
@@ -159,11 +155,21 @@ def test_curves_show_the_interval_and_start_at_zero(tmp_path, monkeypatch):
 # ---- the process ---------------------------------------------------------------------------------
 
 
+BEFORE_TORCH = """
+import os, sys
+sys.modules["torch"] = None  # its import fails
+try:
+    import lite_ppo
+except ImportError:
+    print(os.environ["GOMP_SPINCOUNT"])
+"""
+
+
 @pytest.mark.parametrize("given, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
 def test_idle_openmp_threads_spin_less_unless_the_user_says_otherwise(given, expected):
+    """Before torch is imported: it reads the variable."""
     environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | given
-    code = "import lite_ppo, os; print(os.environ['GOMP_SPINCOUNT'])"
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-c", BEFORE_TORCH]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.stdout.strip() == expected
 

@@ -1,6 +1,6 @@
 """Faults: signals, ranks that die or hang, full disks, numbers that are not finite, bad rewards.
 
-The faults of other processes are in faulty.py.
+The faults of other processes are in faulty.py. Those runs start with the session: conftest.py.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,13 +19,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import lite_ppo
 import tricks
 from lite_ppo import make_micro_batch
-from support import launch, run, samplers
+from support import run, samplers
 from support.checkpoints import checkpoints
 from support.clock import clock
 from support.data import Problem
@@ -35,6 +33,9 @@ from support.logs import Log
 from support.metrics import NOT_FINITE, check_gap
 from support.response import Response
 from support.samplers import TransformersSampler
+from tests import faulty
+from tests.forks import Fork
+from tests.test_config import call_main
 from tests.test_run import rollout_scores
 from tests.world import CPU, HERE, command_line, config, read
 
@@ -49,19 +50,6 @@ def checkpoint_names(folder: Path) -> list[str]:
     return [path.name for path in checkpoints(folder)]
 
 
-# ---- processes -----------------------------------------------------------------------------------
-
-PYTHON = dict(cwd=HERE, env=os.environ | {"PYTHONPATH": str(HERE)}, text=True)
-PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def run_two_ranks(fault: str, flags: list[str], restarts: int = 0) -> subprocess.CompletedProcess:
-    """tests/faulty.py under torchrun."""
-    launcher = f"-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts {restarts}"
-    command = [sys.executable, *launcher.split(), "-m", "tests.faulty", fault, *flags]
-    return subprocess.run(command, capture_output=True, timeout=200, **PYTHON)
-
-
 # ---- a rank that fails, hangs or dies ------------------------------------------------------------
 
 
@@ -69,59 +57,28 @@ def run_two_ranks(fault: str, flags: list[str], restarts: int = 0) -> subprocess
     "fault,messages",
     [
         ("hung", ["rank 1, step 1, rollout: no progress for --timeout-minutes"]),
+        ("frozen", ["no progress for --timeout-minutes 0.3; rank 1 is behind, in step"]),
         ("dead", ["another rank has ended", "exitcode  : 7"]),
         ("failing", ["rank 1, step 1, step: ZeroDivisionError"]),
         ("memory", ["rank 1, step 1, update: out of memory; a lower --micro-batch-tokens"]),
         ("overflow", ["no finite gradient in 3 rollouts in a row", "every loss is finite"]),
     ],
 )
-def test_fault_of_a_rank_ends_the_run_with_its_name(fault, messages, root):
-    minutes = "0.4" if fault == "hung" else "5"
-    flags = {"--output-dir": f"{root}/{fault}", "--timeout-minutes": minutes}
-    result = run_two_ranks(fault, command_line(root, **flags))
+def test_fault_of_a_rank_ends_the_run_with_its_name(fault, messages, faulty_runs):
+    result = faulty_runs[fault].wait()
     assert result.returncode == 1, result.stderr[-6000:]
     for message in messages:
         assert message in result.stderr, result.stderr[-6000:]
 
 
-def test_launcher_restarts_a_run_from_its_checkpoint(root):
-    folder = root / "restarted"
-    flags = {"--output-dir": str(folder), "--steps": "4", "--save-every": "1"}
-    result = run_two_ranks("dead once", command_line(root, **flags), restarts=1)
+def test_launcher_restarts_a_run_from_its_checkpoint(faulty_runs, root):
+    folder = root / "dead once"
+    result = faulty_runs["dead once"].wait()
     assert result.returncode == 0, result.stderr[-6000:]
-    resumed = "resumed from .*/restarted/checkpoint-[12], [12] of 4 steps done"
+    resumed = "resumed from .*/dead once/checkpoint-[12], [12] of 4 steps done"
     assert re.search(resumed, result.stdout), result.stdout
     assert steps_logged(folder) == list(range(5))
     assert (folder / "final").is_dir()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def start_frozen(rank: int, port: int, flags: list[str]) -> subprocess.Popen:
-    """One of two ranks, without torchrun, which waits 30 s before it kills a frozen process."""
-    ranks = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    command = [sys.executable, "-m", "tests.faulty", "frozen", *flags]
-    options = PYTHON | dict(env=PYTHON["env"] | ranks | address)
-    return subprocess.Popen(command, stderr=subprocess.PIPE, **options)
-
-
-def test_frozen_rank_is_named_by_the_other(root):
-    flags = {"--output-dir": f"{root}/frozen", "--timeout-minutes": "0.4"}
-    port = free_port()
-    processes = [start_frozen(rank, port, command_line(root, **flags)) for rank in (0, 1)]
-    try:
-        _, error = processes[0].communicate(timeout=100)
-        assert processes[0].returncode == 1
-        assert "no progress for --timeout-minutes 0.4; rank 1 is behind, in step" in error, error
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 WATCHED = """
@@ -152,7 +109,7 @@ SlowStore.asked.wait()
 def test_watchdog_does_not_abort_a_process_that_ends():
     """A daemon thread in a C++ call would, when Python exits: exit code -6."""
     command = [sys.executable, "-c", WATCHED]
-    result = subprocess.run(command, capture_output=True, **PYTHON)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
 
@@ -162,51 +119,48 @@ def test_watchdog_does_not_abort_a_process_that_ends():
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
 
-def wait_for_steps(process: subprocess.Popen, folder: Path, count: int) -> None:
+def wait_for_steps(fork: Fork, folder: Path, count: int) -> None:
     log = folder / "metrics.jsonl"
-    while process.poll() is None:
+    while fork.process.is_alive():
         if log.exists() and len(read(log)) >= count:
             return
         time.sleep(0.05)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_signal_ends_a_run_with_a_checkpoint(number, root):
+def test_signal_ends_a_run_with_a_checkpoint(number, root, monkeypatch, capfd):
     folder = root / f"signal-{number}"
     flags = {"--output-dir": str(folder), "--steps": "500", "--eval-every": "1"}
-    command = [sys.executable, "lite_ppo.py"]
-    process = subprocess.Popen([*command, *command_line(root, **flags)], **PIPES, **PYTHON)
-    wait_for_steps(process, folder, 3)
-    process.send_signal(number)
-    printed, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, error
-    assert "Traceback" not in error, error
+    fork = Fork(lite_ppo.main, argv=command_line(root, **flags))
+    wait_for_steps(fork, folder, 3)
+    os.kill(fork.process.pid, number)
+    result = fork.wait(60)
+    assert result.returncode == 128 + number, result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
 
     (checkpoint,) = checkpoints(folder)
     state = json.loads((checkpoint / "state.json").read_text())
     step = state["step"]
     assert step >= 2
-    assert f"stopped by a signal after step {step}" in printed
+    assert f"stopped by a signal after step {step}" in result.stdout
     logged = step + 1 if state["pending"] is None else step  # step 0 is logged, too
     assert steps_logged(folder) == list(range(logged))
 
     flags["--steps"] = str(step + 1)
-    again = [*command, *command_line(root, **flags)]
-    result = subprocess.run(again, capture_output=True, **PYTHON)
-    assert result.returncode == 0, result.stderr
-    assert f"resumed from {checkpoint}" in result.stdout
+    assert call_main(monkeypatch, command_line(root, **flags)) == 0
+    assert f"resumed from {checkpoint}" in capfd.readouterr().out
     assert steps_logged(folder) == list(range(step + 2))
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_signal_before_training_ends_the_process_at_once(number, root):
-    command = [sys.executable, "-m", "tests.faulty", "slow start", *command_line(root)]
-    process = subprocess.Popen(command, **PIPES, **PYTHON)
-    assert process.stdout.readline() == "loading\n"
-    process.send_signal(number)
-    _, error = process.communicate(timeout=20)
-    assert process.returncode == -number, error
-    assert "Traceback" not in error, error
+    fork = Fork(faulty.main, "slow start", argv=command_line(root))
+    while fork.process.is_alive() and fork.read("out") != "loading\n":
+        time.sleep(0.05)
+    os.kill(fork.process.pid, number)
+    result = fork.wait(20)
+    assert result.returncode == -number, result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
 
 
 class InterruptedEvaluation:
@@ -427,19 +381,12 @@ class FullLog(Log):
         return super().metrics(step, values)
 
 
-def do_nothing(*args) -> None:
-    pass
-
-
 def test_log_that_cannot_be_written_is_one_message(root, monkeypatch, capfd):
     folder = root / "logless"
     flags = {"--output-dir": str(folder), "--steps": "3", "--save-every": "1"}
-    monkeypatch.setattr(launch, "connect", do_nothing)  # the ranks are connected already
-    monkeypatch.setattr(dist, "destroy_process_group", do_nothing)
-    monkeypatch.setattr(sys, "argv", ["lite_ppo.py", *command_line(root, **flags)])
     with monkeypatch.context() as patch:
         patch.setattr(run, "Log", FullLog)
-        assert lite_ppo.main() == 1
+        assert call_main(patch, command_line(root, **flags)) == 1
     error = capfd.readouterr().err
     assert "Traceback" not in error
     assert "error: rank 0, step 2, " in error
@@ -449,7 +396,7 @@ def test_log_that_cannot_be_written_is_one_message(root, monkeypatch, capfd):
     ) in error
 
     (folder / "kept").rename(folder / "metrics.jsonl")
-    assert lite_ppo.main() == 0
+    assert call_main(monkeypatch, command_line(root, **flags)) == 0
     assert f"resumed from {folder}/checkpoint-1" in capfd.readouterr().out
     assert steps_logged(folder) == [0, 1, 2, 3]
 

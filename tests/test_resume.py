@@ -1,13 +1,8 @@
 """Checkpoints: runs that continue, settings that may change, and the output directory."""
 
 import contextlib
-import dataclasses
 import io
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +15,8 @@ from lite_ppo import Problem, Response, build_policy, make_micro_batch
 from support import checkpoints, models, run
 from support.checkpoints import Position, load_checkpoint, open_folder
 from support.errors import UserError
-from tests.world import CPU, EOS, HERE, REWARDS, config, load_model, predictions, read
+from tests import forks
+from tests.world import CPU, EOS, REWARDS, config, load_model, predictions, read
 
 MEASURED = ("time/", "perf/", "memory/")  # metrics that differ from run to run
 
@@ -112,29 +108,6 @@ def test_run_without_checkpoint_starts_again_and_logs_each_step_once(root):
 # ---- other ranks, and hybrid sharding ------------------------------------------------------------
 
 SAVED = dict(save_every=2, eval_every=0, max_grad_norm=0.5)
-TRAIN_EACH = """
-import json, sys
-import lite_ppo
-from tests.world import start_ranks
-
-start_ranks()
-for settings in sys.argv[1:]:
-    lite_ppo.train(lite_ppo.Config(**json.loads(settings)))
-"""
-
-
-def train_on_two_ranks(root: Path, runs: dict[str, dict]) -> str:
-    """For each folder name a run with these changes; returns what they print."""
-    settings = []
-    for name, changes in runs.items():
-        cfg = config(root, output_dir=str(root / name), **changes)
-        settings.append(json.dumps(dataclasses.asdict(cfg)))
-    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2 --no-python".split()
-    command = [sys.executable, *launcher, sys.executable, "-c", TRAIN_EACH, *settings]
-    environment = os.environ | {"PYTHONPATH": str(HERE), "TEST_ROOT": str(root)}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr[-6000:]
-    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -150,12 +123,11 @@ def one_rank_run(root) -> Path:
 def printed_by_resharded_runs(root) -> str:
     """The number of ranks changes after two steps: from 1 to 2 and from 2 to 1."""
     train(root, "one_then_two", steps=2, **SAVED)
-    runs = {
-        "one_then_two": dict(steps=7, shard_ranks=1, **SAVED),  # each rank holds the whole model
-        "two_then_one": dict(steps=2, **SAVED),
-    }
-    printed = train_on_two_ranks(root, runs)
-    return printed + train(root, "two_then_one", steps=7, **SAVED)
+    whole = config(root, output_dir=f"{root}/one_then_two", steps=7, shard_ranks=1, **SAVED)
+    half = config(root, output_dir=f"{root}/two_then_one", steps=2, **SAVED)
+    result = forks.two_ranks(forks.train_each, whole, half).wait()
+    assert result.returncode == 0, result.stderr[-6000:]
+    return result.stdout + train(root, "two_then_one", steps=7, **SAVED)
 
 
 def distance(folder: Path, other: Path) -> float:

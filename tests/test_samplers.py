@@ -4,7 +4,6 @@ The vLLM helper process runs the tests whose names begin with test_sampler: see 
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -20,11 +19,12 @@ from lite_ppo import Problem, Response, build_policy, full_weights, make_micro_b
 from support import models, samplers, toy
 from support.errors import UserError
 from support.samplers import Sample, Sampling
+from tests import faulty
+from tests.forks import Fork
 from tests.world import (
     CPU,
     ENGINE,
     EOS,
-    HERE,
     VOCABULARY,
     command_line,
     config,
@@ -266,18 +266,10 @@ def test_cache_with_spare_room_equals_the_one_of_transformers(root):
 
 # ---- the choice of the engine --------------------------------------------------------------------
 
-WITHOUT_VLLM = """
-import sys
-sys.modules["vllm"] = None  # its import fails
-import lite_ppo
-sys.exit(lite_ppo.main())
-"""
-
 
 def test_missing_vllm_is_one_message(root):
-    flags = command_line(root, **{"--sampler": "vllm"})
-    command = [sys.executable, "-c", WITHOUT_VLLM, *flags]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    argv = command_line(root, **{"--sampler": "vllm"})
+    result = Fork(faulty.main_without_vllm, argv=argv).wait()
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert "error: --sampler vllm: vLLM is not installed" in result.stderr

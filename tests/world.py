@@ -57,7 +57,7 @@ def start_ranks() -> None:
     """Start torch.distributed, unless it runs: vLLM ends it when its engine is closed."""
     if dist.is_initialized():
         return
-    if WORLD > 1:
+    if int(os.environ["WORLD_SIZE"]) > 1:  # in a fork, WORLD is that of the server
         dist.init_process_group("gloo")
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
