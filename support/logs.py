@@ -120,7 +120,8 @@ class Log:
         """Draw curves.png: held-out accuracy with its interval, and the panels above."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(12, 6), layout="constrained")
+        figure = Figure(figsize=(12, 6))  # fixed margins: a layout engine doubles the time
+        figure.subplots_adjust(0.05, 0.08, 0.985, 0.88, wspace=0.22, hspace=0.36)
         figure.suptitle(self.folder.name)
         accuracy, *others = figure.subplots(2, 3).flat
         self.draw_accuracy(accuracy)
