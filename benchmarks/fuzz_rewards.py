@@ -249,7 +249,7 @@ class Statistics:
         return table
 
 
-def fuzz(total: int, timeout: float, workers: int, seed: int, say=lambda text: None) -> dict:
+def fuzz(total: int, timeout: float, workers: int, seed: int) -> dict:
     """Grade `total` answers. Returns the figures, with the laws that they break."""
     cfg = SimpleNamespace(
         reward="math", reward_timeout=timeout, reward_workers=workers, reward_memory_gib=4.0
@@ -269,9 +269,10 @@ def fuzz(total: int, timeout: float, workers: int, seed: int, say=lambda text: N
                 seen.add(answer, verdict)
             seen.processes.append(len(children(os.getpid())) - before)
             seen.peak = max(seen.peak, resident())
-            say(
+            print(
                 f"{first + len(batch)} answers, {time.monotonic() - began:.0f} s, "
-                f"slowest verdict {max(seen.worst.values()):.2f} s, {resident():.0f} MB"
+                f"slowest verdict {max(seen.worst.values()):.2f} s, {resident():.0f} MB",
+                flush=True,
             )
         seconds, end = time.monotonic() - began, resident()
         grader.close()
@@ -332,11 +333,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="", help="JSON file")
     args = parser.parse_args()
-
-    def say(text):
-        print(text, flush=True)
-
-    figures = fuzz(args.answers, args.timeout, args.workers, args.seed, say)
+    figures = fuzz(args.answers, args.timeout, args.workers, args.seed)
     report(figures)
     if args.output:
         Path(args.output).write_text(json.dumps(figures, indent=1) + "\n")
