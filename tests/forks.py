@@ -13,12 +13,15 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 import lite_ppo
-from tests.world import start_ranks
+from tests.world import ROOT, start_ranks
 
 # isort: split
 import torch.distributed as dist
@@ -35,6 +38,9 @@ class Fork:
         self.args = args  # kept, because a lock is lost with its last owner
         self.files = tempfile.TemporaryDirectory(prefix="lite-ppo-fork-")
         settings = (self.files.name, argv, os.environ | environment)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(ROOT))  # the server does not know our sys.path
+            forkserver.ensure_running()
         self.process = SERVER.Process(target=run_here, args=(settings, work, args))
         self.process.start()
 
