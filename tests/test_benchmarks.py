@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests import checks  # noqa: F401  it loads the profile of hypothesis
+from tests import checks, forks  # noqa: F401  checks loads the profile of hypothesis
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -521,7 +521,8 @@ def run_python(*arguments: str, code: int = 0, **environment: str) -> str:
 
 def run_script(name: str, *arguments: str, output: Path) -> dict:
     """What the script writes."""
-    run_python(str(BENCHMARKS / name), *arguments, f"--output={output}")
+    done = forks.run_script(BENCHMARKS / name, *arguments, f"--output={output}").wait()
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(output.read_text())
 
 
@@ -610,7 +611,8 @@ def test_step_script(tmp_path):
     assert record["totals"]["train_flops / model"] == pytest.approx(1, abs=0.1)
 
 
-def test_scaling_script_measures_one_run(tmp_path):
+def test_scaling_script_measures_one_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling.subprocess, "run", forks.run_command)
     args = scaling.Args(shape=json.dumps(TINY_SHAPE), ranks=(2,), micro_batch_tokens=64)
     weights = scaling.weights_file(str(tmp_path), 2)
     job = scaling.Job(2, length=16, group_size=4, rounds=1, lr=1e-3, weights=weights)
@@ -634,7 +636,8 @@ def test_memory_plan_check(tmp_path, monkeypatch, tiny_model, capsys):
     assert all(row["measured"] > 100 * MIB for row in phases.values())
 
 
-def test_one_chunk_of_lite_ppo_against_trl(tiny_model, root):
+def test_one_chunk_of_lite_ppo_against_trl(tiny_model, root, monkeypatch):
+    monkeypatch.setattr(versus_trl.subprocess, "run", forks.run_command)
     job = dict(
         model=tiny_model,
         data=f"{root}/train.jsonl",
