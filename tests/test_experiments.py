@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -32,6 +31,7 @@ import tables  # noqa: E402
 
 import lite_ppo  # noqa: E402
 from support import launch, toy  # noqa: E402
+from tests import forks  # noqa: E402
 
 STORED = plot.toy_results()
 FINDINGS = (ROOT / "docs/findings.md").read_text(encoding="utf-8")
@@ -512,24 +512,20 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
-def start(*command: str, folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, cwd=folder, timeout=300
-    )
-
-
-def test_real_models_run_once_and_failed_runs_are_repeated(tiny):
+def test_real_models_run_once_and_failed_runs_are_repeated(tiny, monkeypatch):
+    monkeypatch.chdir(tiny)
     models = "--models model --train-data data.jsonl --eval-data data.jsonl --seeds 3"
     files = "--results r.jsonl --folder runs --jobs 2"
-    words = [*models.split(), *files.split(), "--settings", "lite_ppo", "group std", "--flags"]
-    command = [str(EXPERIMENTS / "run.py"), *words]
+    words = [*models.split(), *files.split(), "--settings", "lite_ppo", "group std"]
+    script = EXPERIMENTS / "run.py"
     results = tiny / "r.jsonl"
 
-    broken = start(*command, TINY + " --lr -1", folder=tiny)
+    only_one = words[:-1]  # setting
+    broken = forks.run_script(script, *only_one, "--flags", TINY + " --lr -1").wait()
     assert broken.returncode == 1 and "--lr -1.0: must be at least 0" in broken.stdout
     assert run.load(results) == []
 
-    assert start(*command, TINY, folder=tiny).returncode == 0
+    assert forks.run_script(script, *words, "--flags", TINY).wait().returncode == 0
     rows = {row["setting"]: row for row in run.load(results)}  # in any order: two ran side by side
     assert set(rows) == {"lite_ppo", "group std"}
     assert "advantage_std" not in rows["lite_ppo"]["config"]
@@ -540,7 +536,7 @@ def test_real_models_run_once_and_failed_runs_are_repeated(tiny):
         assert all(len(row["curve"][name]) == 2 for name in run.CURVES)
 
     results.write_text(results.read_text() + '{"cut off')
-    again = start(*command, TINY, folder=tiny)
+    again = forks.run_script(script, *words, "--flags", TINY).wait()
     assert again.returncode == 0 and "2 runs, 2 of them in r.jsonl" in again.stdout
     for setting in ("lite_ppo", "group_std"):  # run directories of real models are kept
         assert (tiny / f"runs/data.jsonl_model-{setting}-3/final/config.json").exists()
@@ -626,7 +622,7 @@ SEVEN = """
 def seven(response, row):
     return float(sum(map(ord, response)) % 3 == 0)
 """
-FORKS = """
+FORKED_GRID = """
 import sys
 from pathlib import Path
 
@@ -664,22 +660,26 @@ DIVISORS = {
 
 
 @pytest.fixture(scope="module")
-def forks(tiny) -> Path:
+def forked(tiny) -> Path:
+    """Three runs that are forks of a grid, and the first one again by lite_ppo.py."""
     (tiny / "seven.py").write_text(SEVEN)
     flags = f"{TINY} {DATA} --reward {tiny}/seven.py:seven"
-    script = FORKS.replace("FLAGS", repr(flags)).replace("EXPERIMENTS", repr(str(EXPERIMENTS)))
-    done = start("-c", script, folder=tiny)
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    script = FORKED_GRID.replace("FLAGS", repr(flags))
+    (tiny / "grid_of_three.py").write_text(script.replace("EXPERIMENTS", repr(str(EXPERIMENTS))))
     plain = f"{flags} --seed 5 --output-dir plain"
-    done = start(str(ROOT / "lite_ppo.py"), *plain.split(), folder=tiny)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tiny)
+        runs = forks.run_script(tiny / "grid_of_three.py")
+        alone = forks.run_script(ROOT / "lite_ppo.py", *plain.split())
+    for done in (runs.wait(), alone.wait()):
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     return tiny
 
 
 @pytest.mark.parametrize("setting", DIVISORS)
-def test_a_definition_of_the_std_divides_the_advantage(forks, setting):
+def test_a_definition_of_the_std_divides_the_advantage(forked, setting):
     for step in (1, 2):
-        rewards, advantages = torch.load(forks / f"forks/tiny-{setting}-5/step{step}.pt")
+        rewards, advantages = torch.load(forked / f"forks/tiny-{setting}-5/step{step}.pt")
         centred = rewards - rewards.mean(1, keepdim=True)
         assert rewards.std() > 0
         assert torch.allclose(
@@ -693,8 +693,8 @@ def samples(path: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
 
 
-def test_a_fork_is_an_ordinary_run(forks):
-    plain = samples(forks / "plain/samples.jsonl")
-    assert plain and plain == samples(forks / "forks/tiny-lite_ppo-5/samples.jsonl")
-    rows = {row["setting"]: row for row in run.load(forks / "f.jsonl")}
+def test_a_fork_is_an_ordinary_run(forked):
+    plain = samples(forked / "plain/samples.jsonl")
+    assert plain and plain == samples(forked / "forks/tiny-lite_ppo-5/samples.jsonl")
+    rows = {row["setting"]: row for row in run.load(forked / "f.jsonl")}
     assert "advantage" not in rows["lite_ppo"] and rows["eps 1e-4"]["advantage"] == "eps 1e-4"
