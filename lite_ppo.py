@@ -92,7 +92,7 @@ class Tricks:
 
     advantage_mean: Literal["group", "batch", "none", "leave_one_out"] = "group"  # mean to subtract
     advantage_std: Literal["group", "batch", "none"] = "batch"  # std to divide by
-    loss_level: Literal["token", "sequence", "constant"] = "token"  # what the loss averages over
+    loss_level: Literal["token", "sequence", "constant", "sum"] = "token"  # weight of each token
     clip_low: float = 0.2  # the ratio may fall to 1 - clip_low
     clip_high: float = 0.2  # the ratio may rise to 1 + clip_high; "clip-higher" is 0.28
     dual_clip: float = 0.0  # if A < 0, the loss of a token is at most dual_clip * |A|; 0: off
@@ -156,16 +156,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "lite_ppo": {},
     "paper": dict(temperature=0.99, top_p=0.99, top_k=100),
     "reinforce": dict(advantage_mean="none", advantage_std="none", loss_level="sequence"),
-    "grpo": dict(advantage_std="group", loss_level="sequence", kl_coef=0.04),
+    "grpo": dict(advantage_std="group", loss_level="sequence", kl_coef=0.04, minibatches=1),
     "dapo": dict(
         advantage_std="group",
         clip_high=0.28,
         dynamic_sampling=True,
-        overlong_filter=True,
         overlong_buffer=0.2,
+        reward_low=-1.0,
+        minibatches=16,
     ),
     "dr_grpo": dict(advantage_std="none", loss_level="constant"),
-    "rloo": dict(advantage_mean="leave_one_out", advantage_std="none", loss_level="sequence"),
+    "rloo": dict(
+        advantage_mean="leave_one_out", advantage_std="none", loss_level="sum", minibatches=1
+    ),
 }
 
 DYNAMIC_ROUNDS = 4  # rollouts per step, at most, in search of informative groups

@@ -51,7 +51,7 @@ from tricks import (
 pytestmark = pytest.mark.filterwarnings("ignore:std")  # torch warns about the std of no groups
 
 PUBLIC = public(tricks)
-LEVELS = ("token", "sequence", "constant")
+LEVELS = ("token", "sequence", "constant", "sum")
 
 
 # ---- numbers by hand, one check per function -----------------------------------------------------
@@ -262,6 +262,8 @@ def check_loss_weights(loss_weights):
     close(loss_weights(lengths, "sequence", keep), [1 / 4, 1 / 8, 0, 0])
     close(loss_weights(lengths, "constant", keep, max_length=10), [1 / 20, 1 / 20, 0, 0])
     close(loss_weights(lengths, "constant", max_length=0.5), [2 / 3, 2 / 3, 0, 2 / 3])
+    close(loss_weights(lengths, "sum"), [1 / 3, 1 / 3, 0, 1 / 3])
+    close(loss_weights(lengths, "sum", keep), [1 / 2, 1 / 2, 0, 0])
     only_empty = torch.tensor([True, False])
     for level in LEVELS:
         assert loss_weights(torch.tensor([0, 3]), level, only_empty, 8).tolist() == [0, 0]
@@ -279,6 +281,7 @@ def check_aggregate_loss(aggregate_loss):
         "token": (1 / 3, 1 / 6, 1 / 6),  # 2 / 6
         "sequence": (1 / 2, 1 / 4, 1 / 8),
         "constant": (1 / 5, 1 / 10, 1 / 10),  # 2 / (2 * 5)
+        "sum": (1, 1 / 2, 1 / 2),  # (2 + 0) / 2
     }
     loss = T([1, 1, INF, NAN], [0, 0, 0, 0], [7, 7, 7, 7], [NAN] * 4)
     mask = torch.tensor([[1, 1, 0, 0], [1] * 4, [1] * 4, [0] * 4])
@@ -459,6 +462,8 @@ def aggregate_in_a_loop(loss, lengths, keep, level):
         return total / tokens
     if level == "sequence":
         return statistics.fmean(sum(row) / len(row) for row in used)
+    if level == "sum":
+        return statistics.fmean(map(sum, used))
     return total / len(used) / MAX_LENGTH
 
 
@@ -505,6 +510,33 @@ def test_dropped_response_counts_as_absent(level, batch):
     filtered = overlong_filter(mask, ~keep)
     expected = aggregate_in_a_loop(loss, lengths, keep, level)
     close(aggregate_loss(loss, filtered, level, None, MAX_LENGTH), expected, 1e-9)
+
+
+# ---- RLOO: the response as one action ------------------------------------------------------------
+
+
+def test_rloo_by_hand():
+    """Every token of a response has its advantage, whatever the length; B = 4."""
+    advantages = leave_one_out_advantages(T([1, 0, 0, 1]))[0]
+    close(advantages, [2 / 3, -2 / 3, -2 / 3, 2 / 3])
+    weights = loss_weights(torch.tensor([2, 4, 8, 16]), "sum")
+    close(weights * advantages, [1 / 6, -1 / 6, -1 / 6, 1 / 6])
+
+
+@given(batches())
+def test_level_sum_at_ratio_1_has_the_gradient_of_whole_responses(batch):
+    """That of -sum_i A_i prod_t ratio_it / B over responses with tokens."""
+    logprobs, lengths, _, mask = batch
+    advantages = torch.linspace(-1, 2, len(lengths), dtype=torch.float64)[:, None]
+    weights = loss_weights(lengths.double(), "sum")[:, None]
+
+    new = logprobs.clone().requires_grad_()
+    of_tokens = (weights * mask * clipped_surrogate(new, logprobs, advantages)).sum()
+    ratio = ((new - logprobs) * mask).sum(dim=1, keepdim=True).exp()  # of a whole response
+    used = mask.any(dim=1, keepdim=True)
+    of_responses = -(used * advantages * ratio).sum() / used.sum().clamp(min=1)
+    found, expected = (torch.autograd.grad(loss, new)[0] for loss in (of_tokens, of_responses))
+    close(found, expected, 1e-12)
 
 
 # ---- laws of ratio, clip and KL ------------------------------------------------------------------

@@ -41,20 +41,23 @@ PUBLISHED = dict(
     group_size=8,
     lr=1e-6,
 )
-DIFFERENCES = {  # preset: its settings that are not those of lite_ppo
+DIFFERENCES = {  # preset: the settings that it states
     "lite_ppo": {},
     "paper": dict(temperature=0.99, top_p=0.99, top_k=100),
     "reinforce": dict(advantage_mean="none", advantage_std="none", loss_level="sequence"),
-    "grpo": dict(advantage_std="group", loss_level="sequence", kl_coef=0.04),
+    "grpo": dict(advantage_std="group", loss_level="sequence", kl_coef=0.04, minibatches=1),
     "dr_grpo": dict(advantage_std="none", loss_level="constant"),
     "dapo": dict(
         advantage_std="group",
         clip_high=0.28,
         dynamic_sampling=True,
-        overlong_filter=True,
         overlong_buffer=0.2,
+        reward_low=-1,
+        minibatches=16,
     ),
-    "rloo": dict(advantage_mean="leave_one_out", advantage_std="none", loss_level="sequence"),
+    "rloo": dict(
+        advantage_mean="leave_one_out", advantage_std="none", loss_level="sum", minibatches=1
+    ),
 }
 
 
@@ -81,6 +84,15 @@ def test_preset_changes_the_published_settings_only(preset, root):
     assert found == defaults | DIFFERENCES[preset] | {"preset": preset}
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_wins_over_the_toy(preset):
+    """The toy takes two optimizer steps per rollout; a preset that states a number keeps it."""
+    found = vars(parse("--preset", preset))
+    settings = launch.TOY_DEFAULTS | DIFFERENCES[preset]
+    assert found.items() >= settings.items()
+    assert found["prompts_per_step"] * found["group_size"] >= found["minibatches"]
+
+
 @pytest.mark.parametrize(
     "flags,clip_high",
     [
@@ -97,7 +109,7 @@ def test_flag_wins_over_preset_and_preset_over_toy(flags, clip_high, monkeypatch
 def test_toy_settings_replace_the_defaults():
     cfg = parse("--preset", "dapo", "--no-dynamic-sampling", "--steps", "3")
     assert cfg.dynamic_sampling is False
-    assert cfg.overlong_filter is True
+    assert cfg.overlong_buffer == 0.2
     assert cfg.steps == 3
     assert cfg.lr == launch.TOY_DEFAULTS["lr"]
 

@@ -142,11 +142,11 @@ def run_preset(preset: str, root: Path) -> Path:
 
 
 def expected_reward(sample: dict, preset: str) -> float:
-    """1 for an even number of characters. DAPO: the last 3 of the 12 tokens cost up to 1."""
-    reward = float(len(sample["response"]) % 2 == 0)
+    """1 for an even number of characters. DAPO: else -1; the last 3 of the 12 tokens cost 1."""
+    correct = len(sample["response"]) % 2 == 0
     if preset == "dapo":
-        reward -= max(0, sample["length"] - 9) / 3
-    return reward
+        return 2 * correct - 1 - max(0, sample["length"] - 9) / 3
+    return float(correct)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -468,10 +468,26 @@ def test_rollout_without_dynamic_sampling_keeps_every_group():
         ),
     ],
 )
-def test_dynamic_sampling_replaces_groups_without_signal(calls, kept, cursor, monkeypatch):
+@pytest.mark.parametrize("low", [0.0, -1.0])
+def test_dynamic_sampling_replaces_groups_without_signal(calls, kept, cursor, low, monkeypatch):
     monkeypatch.setattr(lite_ppo, "DYNAMIC_ROUNDS", 3)
-    found = rollout_scores(*calls, dynamic_sampling=True)
+    found = rollout_scores(*calls, dynamic_sampling=True, reward_low=low)
     assert found == (kept, cursor)
+
+
+def scored(score: float, length: int) -> Response:
+    return Response(Problem({}, [3]), np.zeros(length), np.zeros(length), False, "", score)
+
+
+def test_dapo_rewards_by_hand():
+    """Right 1, wrong -1, and up to -1 for the last 2 of 10 tokens. Accuracy reads the scores."""
+    responses = [scored(*pair) for pair in [(1, 8), (0, 8), (1, 9), (0, 10)]]
+    cfg = Config(**PRESETS["dapo"], group_size=2, max_new_tokens=10)
+    rewards = lite_ppo.shape_rewards(responses, cfg)
+    assert rewards.tolist() == [[1, -1], [0.5, -2]]
+    found = metrics.rollout_metrics(responses, rewards)
+    assert found["reward/mean"] == pytest.approx(-0.375)
+    assert found["reward/correct"] == 0.5
 
 
 def test_evaluation_measures_accuracy_and_pass_at_k():

@@ -43,6 +43,8 @@ CASES = {  # settings that differ from those of config()
     "sequence filtered": dict(loss_level="sequence", overlong_filter=True),
     "constant": dict(loss_level="constant"),
     "constant filtered": dict(loss_level="constant", overlong_filter=True),
+    "sum": dict(loss_level="sum"),
+    "sum filtered": dict(loss_level="sum", overlong_filter=True),
     "one step": dict(minibatches=1),
     "a single EOS": dict(minibatches=1),
     "fewer responses than ranks": dict(minibatches=1),
@@ -183,6 +185,8 @@ class Formulas:
             return 1 / sum(len(self.responses[j].token_ids) for j in kept)
         if self.cfg.loss_level == "sequence":
             return 1 / (len(kept) * length)
+        if self.cfg.loss_level == "sum":
+            return 1 / len(kept)
         return 1 / (len(kept) * MAX_LENGTH)
 
     def objective(self, ratio: torch.Tensor, advantage: float) -> torch.Tensor:
