@@ -119,7 +119,7 @@ def train_flops(config, length: int, predicted: int) -> float:
 class UpdateStats:
     """Sums over the response tokens of one update; reduce() turns them into metrics."""
 
-    NAMES = ("tokens", "entropy", "clip_low", "clip_high", "approx_kl", "reference_kl")
+    NAMES = ("tokens", "entropy", "clip_low", "clip_high", "clip_dual", "approx_kl", "reference_kl")
 
     def __init__(self, cfg, vocab_size: int):
         responses = cfg.prompts_per_step * cfg.group_size
@@ -139,10 +139,13 @@ class UpdateStats:
         old = batch.old_logprobs
         real = (batch.response_index >= 0).float()  # a dummy counts as nothing
         low, high = tricks.clip_masks(logprobs, old, batch.advantages, cfg.clip_low, cfg.clip_high)
-        reference_kl = torch.zeros_like(real)
+        dual = reference_kl = torch.zeros_like(real)
+        if cfg.dual_clip:
+            dual = tricks.dual_clip_mask(logprobs, old, batch.advantages, cfg.dual_clip)
         if cfg.kl_coef:
             reference_kl = tricks.kl_estimate(logprobs, batch.ref_logprobs)
-        columns = (real, entropy, low, high, tricks.kl_estimate(old, logprobs), reference_kl)
+        approx_kl = tricks.kl_estimate(old, logprobs)
+        columns = (real, entropy, low, high, dual, approx_kl, reference_kl)
         self.sums += torch.stack([(real * column).sum() for column in columns])
         self.loss += loss
         bad = (~losses.isfinite()).float()

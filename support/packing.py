@@ -11,10 +11,11 @@ def plan_micro_batches(lengths: list[int], budget: int, world: int) -> list[list
     """Split sequences into micro-batches of at most `budget` tokens: plan[rank][i] = indices.
 
     The longest sequence goes first, each into the emptiest micro-batch. Every rank gets the same
-    number of micro-batches; some may be empty. With a sequence longer than the budget, its length
-    is the limit instead.
+    number of micro-batches; some may be empty. A sequence longer than the budget has a micro-batch
+    of its own.
     """
-    count = max(1, math.ceil(min(sum(lengths) / budget, len(lengths)) / world))
+    tokens = sum(min(length, budget) for length in lengths)
+    count = max(1, math.ceil(tokens / budget / world))
     while True:
         heap = [(0, i) for i in range(count * world)]
         bins: list[list[int]] = [[] for _ in heap]
@@ -22,7 +23,7 @@ def plan_micro_batches(lengths: list[int], budget: int, world: int) -> list[list
             load, b = heapq.heappop(heap)
             bins[b].append(i)
             heapq.heappush(heap, (load + lengths[i], b))
-        if max(heap)[0] <= max([budget, *lengths]):
+        if all(load <= budget or len(bins[b]) == 1 for load, b in heap):
             return [bins[rank::world] for rank in range(world)]
         count += 1
 

@@ -14,8 +14,8 @@ def pass_at_k(num_samples, num_correct, k):
 
     num_samples, num_correct: ints or tensors of one shape (either may be a scalar)
     -> tensor of that shape. k: an int.
-    ValueError: mismatched shapes, k < 1, k > n, c outside [0, n]. The check reads values, so it
-    waits for a GPU tensor.
+    ValueError: mismatched shapes, k < 1, k > n, c outside [0, n], a number that is not whole. The
+    check reads values, so it waits for a GPU tensor.
     Source: Chen et al., arXiv 2107.03374 Eq. 1.
     """
     n, c = torch.as_tensor(num_samples), torch.as_tensor(num_correct)
@@ -24,17 +24,20 @@ def pass_at_k(num_samples, num_correct, k):
             f"num_correct must have the shape of num_samples, {tuple(n.shape)}, "
             f"got {tuple(c.shape)}"
         )
+    n, c = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (n, c))
+    for name, x in (("num_samples", n), ("num_correct", c)):
+        if (x % 1 != 0).any():
+            raise ValueError(f"{name} must be whole, got {x}")
     if (c < 0).any() or (c > n).any():
         raise ValueError(
             f"num_correct must be in [0, num_samples={num_samples}], got {num_correct}"
         )
-    if k < 1 or (n < k).any():
-        raise ValueError(f"k must be in [1, num_samples={num_samples}], got {k}")
-    n, c = (x.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-1) for x in (n, c))
+    if k % 1 != 0 or k < 1 or (n < k).any():
+        raise ValueError(f"k must be whole and in [1, num_samples={num_samples}], got {k}")
+    n, c = n.unsqueeze(-1), c.unsqueeze(-1)
     j = torch.arange(k, device=n.device)
-    return 1 - ((n - c - j) / (n - j)).prod(
-        dim=-1
-    )  # one factor is 0 if fewer than k samples are wrong
+    # One factor is 0 if fewer than k samples are wrong.
+    return 1 - ((n - c - j) / (n - j)).prod(dim=-1)
 
 
 def bootstrap_interval(values, level=0.95, draws=1000, seed=0):

@@ -3,6 +3,7 @@
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -39,6 +40,8 @@ def check_pass_at_k(pass_at_k):
     close(pass_at_k(4, torch.tensor([[1], [2]]), 1), [[0.25], [0.5]])
     close(pass_at_k(torch.tensor([2, 4]), 1, 1), [0.5, 0.25])
     close(pass_at_k(T(1000), T(1), 500), [0.5], 1e-12)
+    close(pass_at_k(np.int64(4), torch.tensor([True, False]), np.int64(2)), [0.5, 0])
+    close(pass_at_k(4.0, 1.0, 2.0), 0.5)
 
 
 def check_bootstrap_interval(bootstrap_interval):
@@ -64,6 +67,13 @@ def check_bootstrap_interval(bootstrap_interval):
     low, high = bootstrap_interval(T(*[0] * 19, 1))
     assert low == 0
     assert 0.12 <= high <= 0.18
+    # each seed has its own draws, and torch's generator does not move
+    state = torch.get_rng_state()
+    values = torch.linspace(0, 1, 50).square()
+    ends = [bootstrap_interval(values, draws=100, seed=seed) for seed in (0, 0, 1, 2)]
+    assert ends[0] == ends[1]
+    assert len({low.item() for low, _ in ends}) == len({high.item() for _, high in ends}) == 3
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def check_is_looping(is_looping):
@@ -222,6 +232,11 @@ ERRORS = [  # function, arguments, what the message says
     ("pass_at_k", (2, 1, 3), "k must.*3"),
     ("pass_at_k", (2, 1, 0), "k must.*0"),
     ("pass_at_k", (two_three, 1, 3), "k must.*3"),
+    ("pass_at_k", (10, 3, 2.5), "k must.*2.5"),
+    ("pass_at_k", (10, 3, NAN), "k must.*nan"),
+    ("pass_at_k", (2.5, 1, 1), "num_samples.*2.5"),
+    ("pass_at_k", (2, torch.tensor([1, 0.5]), 1), "num_correct.*0.5"),
+    ("pass_at_k", (2, NAN, 1), "num_correct.*nan"),
     ("bootstrap_interval", (b2,), "values.*(2, 2)"),
     ("bootstrap_interval", (torch.zeros(0),), "values.*(0,)"),
     ("bootstrap_interval", (x2, 1.0), "level.*1.0"),
@@ -259,6 +274,14 @@ bootstrap_interval: one tail
 bootstrap_interval: quantiles of the values instead of the means
 - values[picks.to(values.device)].mean(1)
 + values
+
+bootstrap_interval: torch's generator seeded anew
+- generator=torch.Generator().manual_seed(seed)
++ generator=torch.manual_seed(seed)
+
+bootstrap_interval: always the same seed
+- manual_seed(seed)
++ manual_seed(0)
 
 bootstrap_interval: without replacement
 - values[picks.to(values.device)]

@@ -166,8 +166,8 @@ class Formulas:
             logprobs, _ = self.predict(response)
             self.old.append(logprobs.detach())
         self.tokens = 0
-        self.sums = dict.fromkeys(("entropy", "clip_low", "clip_high", "approx_kl"), 0.0)
-        self.sums["reference_kl"] = 0.0
+        names = ("entropy", "clip_low", "clip_high", "clip_dual", "approx_kl", "reference_kl")
+        self.sums = dict.fromkeys(names, 0.0)
         self.clipped = [[0] * VOCABULARY, [0] * VOCABULARY]  # low and high, by token
         self.gradients = []
         self.losses = []
@@ -220,6 +220,8 @@ class Formulas:
         self.sums["entropy"] -= (logprobs.exp() * logprobs).sum().item()
         self.sums["clip_low"] += low
         self.sums["clip_high"] += high
+        if cfg.dual_clip and self.advantages[i] < 0:
+            self.sums["clip_dual"] += ratio > cfg.dual_clip
         self.sums["approx_kl"] += ratio - 1 - log_ratio
         if cfg.kl_coef:
             self.sums["reference_kl"] += math.exp(-log_ratio) + log_ratio - 1
@@ -292,10 +294,12 @@ def test_gradient_and_metrics_equal_the_formulas(case, micro_batch_tokens, root)
     assert found.clipped == truth.clipped
 
 
-def test_both_clip_bounds_are_in_use(root):
+def test_every_clip_bound_is_in_use(root):
     truth = expected("token", root).metrics
     assert truth["policy/clip_low"] > 0.05
     assert truth["policy/clip_high"] > 0.05
+    assert truth["policy/clip_dual"] == 0
+    assert expected("every option", root).metrics["policy/clip_dual"] > 0.05
 
 
 def test_single_optimizer_step_clips_nothing(root):
@@ -494,4 +498,11 @@ def test_micro_batch_plan_is_complete_and_within_the_budget(lengths, budget, wor
     assert sorted(indices) == list(range(len(lengths)))
     for micro_batch in micro_batches:
         if len(micro_batch) > 1:
-            assert sum(lengths[i] for i in micro_batch) <= max([budget, *lengths])
+            assert sum(lengths[i] for i in micro_batch) <= budget
+
+
+def test_sequence_longer_than_the_budget_is_alone():
+    """And the others are packed as tightly as without it."""
+    assert packing.plan_micro_batches([18, 12, 12, 6], 16, 1) == [[[0], [1], [2], [3]]]
+    assert packing.plan_micro_batches([160, 1, 1, 1], 16, 1) == [[[0], [1, 2, 3]]]
+    assert packing.plan_micro_batches([8, 8, 8, 8], 16, 2) == [[[0, 2]], [[1, 3]]]
