@@ -36,6 +36,7 @@ from tricks import (
     aggregate_loss,
     clip_masks,
     clipped_surrogate,
+    dual_clip_mask,
     entropy,
     informative_groups,
     kl_estimate,
@@ -61,8 +62,8 @@ def check_scale_reward(scale_reward):
     correct = torch.tensor([[True, False]])
     close(scale_reward(correct), [[1, 0]])
     close(scale_reward(T(0.25), low=-1, high=3), [0.0])  # -1 + 0.25 * 4
-    # both ends are exact
-    assert torch.equal(scale_reward(correct, low=-0.1, high=0.3), torch.tensor([[0.3, -0.1]]))
+    # both ends are exact: in float32, -1 + 1.3 is not 0.3, and 0.3 - 1.3 is not -1
+    assert torch.equal(scale_reward(correct, low=-1, high=0.3), torch.tensor([[0.3, -1]]))
 
 
 def check_soft_overlong_penalty(soft_overlong_penalty):
@@ -71,12 +72,17 @@ def check_soft_overlong_penalty(soft_overlong_penalty):
     close(soft_overlong_penalty(lengths, 10, 4), [0, 0, 0, -0.25, -0.5, -1, -1])
     # the buffer may be the whole limit
     close(soft_overlong_penalty(torch.tensor([0, 5, 10]), 10, 10), [0, -0.5, -1])
+    # DAPO's lengths: one token is 1 / 4096
+    lengths = torch.tensor([16_384, 16_385, 18_432, 20_479, 20_480])
+    close(soft_overlong_penalty(lengths, 20_480, 4096), [0, -(2**-12), -0.5, 2**-12 - 1, -1])
 
 
 def check_informative_groups(informative_groups):
     rewards = T([1, 1, 0], [0, 0, 0], [0.1, 0.1, 0.1], [0, 1, 0])
     assert informative_groups(rewards).tolist() == [True, False, False, True]
     assert informative_groups(T([1], [0])).tolist() == [False, False]
+    assert not informative_groups(torch.full((1, 9), 0.1)).any()  # their std is 8e-9
+    assert informative_groups(T([1, 1 + 1e-12])).all()
     assert informative_groups(torch.zeros(0, 3)).shape == (0,)
 
 
@@ -101,6 +107,8 @@ def check_normalize_advantages(normalize_advantages):
     # eps is outside the root: 0 and 2e-6 have std sqrt(2) 1e-6, 1 / (sqrt(2) + 1) = sqrt(2) - 1
     close(normalize_advantages(T([0, 2e-6])), [[1 - 2**0.5, 2**0.5 - 1]])
     close(normalize_advantages(T([0, 2]), eps=0), [[-(0.5**0.5), 0.5**0.5]], 1e-12)
+    # rewards that differ, however little, are not equal
+    close(normalize_advantages(T([1, 1 + 1e-12]), eps=0), [[-(0.5**0.5), 0.5**0.5]], 1e-3)
     assert normalize_advantages(torch.zeros(0, 4), std="group").shape == (0, 4)
     for mean in ("none", "group", "batch"):
         for std in ("group", "batch"):
@@ -128,6 +136,7 @@ def check_leave_one_out_advantages(leave_one_out_advantages):
     close(leave_one_out_advantages(REWARDS), expected)
     assert not leave_one_out_advantages(torch.full((1, 8), 0.1)).any()
     close(leave_one_out_advantages(T([3, 1])), [[2, -2]])
+    close(1e12 * leave_one_out_advantages(T([1 + 1e-12, 1])), [[1, -1]], 1e-3)
 
 
 def check_token_logprobs(token_logprobs):
@@ -137,6 +146,7 @@ def check_token_logprobs(token_logprobs):
     close(token_logprobs(logits, torch.tensor([1, 0])), [math.log(3 / 4), 0])
     close(token_logprobs(logits, first, temperature=0.5), [math.log(1 / 10), 0])
     close(token_logprobs(T([[1000, 0]]), torch.tensor([[1]], dtype=torch.int16)), [[-1000]])
+    assert token_logprobs(logits, torch.tensor([1, 1]))[1] == -INF  # a banned token
     by_logits = grad(lambda x: token_logprobs(x, first), logits)[0]
     close(by_logits, [[3 / 4, -3 / 4], [0, 0]])  # onehot - p
 
@@ -157,6 +167,8 @@ def check_entropy(entropy):
 
 
 LOG2 = math.log(2)  # a gap of log 2 is a ratio of 2
+# Two log-probs in bfloat16 whose difference is none: 1 - 2^-9 is rounded to 1.
+NEAR_0, MINUS_1 = T(-(2**-9), dtype=torch.bfloat16), T(-1, dtype=torch.bfloat16)
 
 
 def check_clipped_surrogate(clipped_surrogate):
@@ -177,6 +189,9 @@ def check_clipped_surrogate(clipped_surrogate):
     zeros = torch.zeros(2, 2)
     close(clipped_surrogate(zeros, zeros, T([1], [2])), [[-1, -1], [-2, -2]])
     close(clipped_surrogate(zeros, zeros, torch.tensor(2)), [[-2, -2], [-2, -2]])
+    # without detach the gradients of both log-probs cancel
+    close(grad(lambda x: clipped_surrogate(x, x, a), new)[0], [0] * 5)
+    close(clipped_surrogate(NEAR_0, MINUS_1, T(-1)), [math.exp(1 - 2**-9)])
     check_bounded_gap(clipped_surrogate)
 
 
@@ -212,9 +227,25 @@ def check_clip_masks(clip_masks):
     ones, zeros = torch.ones(2, 2), torch.zeros(2, 2)
     assert clip_masks(ones, zeros, T([1], [-1]))[1].tolist() == [[True, True], [False, False]]
     assert clip_masks(ones, zeros, torch.tensor(1))[1].all()
-    # 1 + 2^-9 is 1 in bfloat16: the difference of two halves is taken in float32
-    one, small = T(1, dtype=torch.bfloat16), T(-(2**-9), dtype=torch.bfloat16)
-    assert clip_masks(one, small, T(1), 0, math.e - 1)[1].all()
+    # a gap beyond 20 counts as 20
+    assert not clip_masks(T(100), T(0), T(1), clip_high=math.exp(21))[1].any()
+    assert clip_masks(T(100), T(0), T(1), clip_high=math.exp(19))[1].all()
+    assert not clip_masks(T(-100), T(0), T(-1), clip_low=1 - math.exp(-21))[0].any()
+    assert not clip_masks(NEAR_0, MINUS_1, T(1), 0, math.exp(1 - 2**-10) - 1)[1].any()
+    assert clip_masks(NEAR_0, MINUS_1, T(1), 0, math.exp(1 - 2**-8) - 1)[1].all()
+
+
+def check_dual_clip_mask(dual_clip_mask):
+    # ratio 2, 2, 2, 1/2, 1, e^20
+    new, old, a = T(LOG2, LOG2, LOG2, 0, 0, 100), T(0, 0, 0, LOG2, 0, 0), T(-3, 3, 0, -3, -3, -1)
+    assert dual_clip_mask(new, old, a, 1.9).tolist() == [True, False, False, False, False, True]
+    assert dual_clip_mask(new, old, a, 2.1).tolist() == [False] * 5 + [True]
+    assert not dual_clip_mask(new, old, a, math.exp(21)).any()
+    ones, zeros = torch.ones(2, 2), torch.zeros(2, 2)
+    assert dual_clip_mask(ones, zeros, T([1], [-1]), 2).tolist() == [[False] * 2, [True] * 2]
+    assert dual_clip_mask(ones, zeros, torch.tensor(-1), 2).all()
+    assert not dual_clip_mask(NEAR_0, MINUS_1, T(-1), math.exp(1 - 2**-10)).any()
+    assert dual_clip_mask(NEAR_0, MINUS_1, T(-1), math.exp(1 - 2**-8)).all()
 
 
 def check_kl_estimate(kl_estimate):
@@ -227,6 +258,10 @@ def check_kl_estimate(kl_estimate):
     far = T(100, 0)
     close(kl_estimate(T(0, 100), far), [math.exp(20) - 21, 99])
     close(grad(lambda x: kl_estimate(x, far), T(0, 100))[0], [0, 1])
+    # k1 and k2 have no bound
+    close(kl_estimate(T(0, 100), far, "k1"), [-100, 100])
+    close(kl_estimate(T(0, 100), far, "k2"), [5000, 5000])
+    close(kl_estimate(NEAR_0, MINUS_1, "k1"), [1 - 2**-9], 1e-9)
     # a small d keeps its digits in float32: d^2/2 + d^3/6
     small = kl_estimate(torch.zeros(1), torch.full((1,), 1e-4))
     close(small * 1e8, [0.5 + 1e-4 / 6], 1e-3)
@@ -240,6 +275,7 @@ def check_truncated_importance_weights(truncated_importance_weights):
     assert not weights.requires_grad
     close(truncated_importance_weights(T(5, LOG2 / 2), T(0, 0)), [2, 2**0.5])
     close(truncated_importance_weights(T(5), T(0), cap=0.5), [0.5])
+    close(truncated_importance_weights(NEAR_0, MINUS_1, cap=3), [math.exp(1 - 2**-9)])
 
 
 def check_overlong_filter(overlong_filter):
@@ -269,6 +305,11 @@ def check_loss_weights(loss_weights):
         assert loss_weights(torch.tensor([0, 3]), level, only_empty, 8).tolist() == [0, 0]
         assert loss_weights(torch.zeros(0), level, None, 8).shape == (0,)
         assert loss_weights(torch.tensor([1]), level, max_length=1).tolist() == [1]
+    # lengths as they are in training
+    long = torch.tensor([500, 8192, 20_480])
+    close(1e6 * loss_weights(long), [1e6 / 29_172] * 3)
+    close(1e6 * loss_weights(long, "sequence"), [1e6 / 1500, 1e6 / 24_576, 1e6 / 61_440])
+    close(1e6 * loss_weights(long, "constant", None, 20_480), [1e6 / 61_440] * 3)
     # the sum, 400,000, is above the largest float16
     many = torch.full((40,), 10_000, dtype=torch.float16)
     close(loss_weights(many), [1 / 400_000] * 40, 1e-9)
@@ -297,6 +338,15 @@ def check_aggregate_loss(aggregate_loss):
         for shape in ((0, 3), (3, 0)):
             empty = torch.ones(shape)
             assert aggregate_loss(empty, empty, level, max_length=5).item() == 0
+        # a loss that is not finite shows
+        for bad in (NAN, INF):
+            found = aggregate_loss(T([1, bad]), torch.ones(1, 2), level, max_length=5)
+            assert str(found.item()) == str(bad)
+    # 3000 tokens of loss 1, and 1 of loss 3
+    loss, mask = torch.ones(2, 3000), torch.ones(2, 3000)
+    loss[1], mask[1, 1:] = 3, 0
+    for level, value in (("token", 3003 / 3001), ("sequence", 2), ("sum", 3003 / 2)):
+        close(aggregate_loss(loss, mask, level), value)
     # the mean of two micro-batch means would be 0.5
     close(aggregate_loss(T([1, 1] + [0] * 8), torch.ones(1, 10)), 0.2)
 
@@ -319,6 +369,7 @@ SIGNATURES = """
 aggregate_loss(token_loss, mask, level='token', keep=None, max_length=None)
 clip_masks(logprobs, old_logprobs, advantages, clip_low=0.2, clip_high=0.2)
 clipped_surrogate(logprobs, old_logprobs, advantages, clip_low=0.2, clip_high=0.2, dual_clip=None)
+dual_clip_mask(logprobs, old_logprobs, advantages, dual_clip)
 entropy(logits, temperature=1.0)
 informative_groups(rewards)
 kl_estimate(logprobs, ref_logprobs, kind='k3')
@@ -374,7 +425,8 @@ def count_distinct(rewards):
     return [len(set(row)) for row in rewards.tolist()]
 
 
-@normalisers
+@pytest.mark.parametrize("std", ["group", "batch", "none"])
+@pytest.mark.parametrize("mean", ["group", "batch"])
 @given(rewards_2d, st.floats(0.1, 10), st.floats(-5, 5))
 def test_advantages_ignore_shift_and_scale_of_rewards(mean, std, rewards, a, b):
     assume(rewards.std() > 0)
@@ -384,6 +436,18 @@ def test_advantages_ignore_shift_and_scale_of_rewards(mean, std, rewards, a, b):
     if std == "none":
         expected = a * expected
     close(normalize_advantages(moved, mean, std, eps=0), expected, 1e-7)
+
+
+@given(rewards_2d, st.floats(0.1, 10), st.floats(-5, 5))
+def test_leave_one_out_ignores_a_shift_and_keeps_the_scale(rewards, a, b):
+    expected = a * leave_one_out_advantages(rewards)
+    close(leave_one_out_advantages(a * rewards + b), expected, 1e-9)
+
+
+@pytest.mark.parametrize("std", ["none", "group", "batch"])
+def test_without_a_mean_the_shift_of_rewards_matters(std):
+    found = [normalize_advantages(r, "none", std)[0] for r in (REWARDS, 2 * REWARDS - 1)]
+    assert found[0][3] == 0 and found[1][3] < -0.9
 
 
 @normalisers
@@ -512,6 +576,24 @@ def test_dropped_response_counts_as_absent(level, batch):
     close(aggregate_loss(loss, filtered, level, None, MAX_LENGTH), expected, 1e-9)
 
 
+@pytest.mark.parametrize(
+    "level,value",
+    # 4 of 8 responses are right, the std is 0.534522: advantages +-0.5 / 0.534522 = +-0.93541
+    [
+        ("token", 0.93541 * 7692 / 8692),
+        ("sequence", 0),
+        ("constant", 0.93541 * 7692 / 16_384),
+        ("sum", 0.93541 * 7692 / 2),
+    ],
+)
+def test_loss_at_ratio_1_by_hand(level, value):
+    """Right answers of 500 tokens, wrong ones of 8,192: only level sequence starts at 0."""
+    advantages = normalize_advantages(T([1, 0] * 4))[0]
+    lengths = torch.tensor([500, 8192] * 4)
+    weights = loss_weights(lengths, level, None, 8192)
+    close(-(weights * lengths * advantages).sum(), value, 1e-5)
+
+
 # ---- RLOO: the response as one action ------------------------------------------------------------
 
 
@@ -575,6 +657,29 @@ def test_clip_equals_a_loop(triple, clip):
     low_mask, high_mask = clip_masks(*triple, *clip[:2])
     close(low_mask, low)
     close(high_mask, high)
+
+
+far_or_near = st.one_of(off_edge, st.sampled_from([25.5, -25.5]))
+any_triples = st.tuples(tensors(12, elements=far_or_near), tensors(12, elements=off_edge))
+any_advantages = tensors(12, elements=st.one_of(off_edge, st.just(0.0)))
+
+
+@given(any_triples, any_advantages, clips)
+def test_masks_are_where_the_clip_changes_the_loss(pair, advantages, clip):
+    """There the gradient is 0. Elsewhere it is that without a clip; with A = 0 nothing clips."""
+    new, old = pair
+    loss = clipped_surrogate(new, old, advantages, *clip)
+    free = clipped_surrogate(new, old, advantages, 1, math.exp(21))
+    low, high = clip_masks(new, old, advantages, *clip[:2])
+    clipped = low | high
+    if clip[2]:
+        dual = dual_clip_mask(new, old, advantages, clip[2])
+        assert not (dual & clipped).any()
+        clipped = clipped | dual
+    assert torch.equal(clipped, loss != free)
+    by_new = grad(lambda x: clipped_surrogate(x, old, advantages, *clip), new)[0]
+    by_free = grad(lambda x: clipped_surrogate(x, old, advantages, 1, math.exp(21)), new)[0]
+    close(by_new, torch.where(clipped, 0, by_free), 1e-12)
 
 
 @given(triples, clips)
@@ -697,13 +802,14 @@ def test_gradients_by_logits_sum_to_zero(choice, temperature):
 
 # ---- what holds for every function ---------------------------------------------------------------
 
-lp = torch.linspace(-3, 0, 6).reshape(2, 3)
+# log-probs as they are: their differences are no numbers of half precision
+lp = -torch.tensor([[3e-4, 0.0431, 0.61], [0.871, 1.37, 1.93]])
 logits = torch.linspace(-2, 3, 24).reshape(2, 3, 4).sin()
 ids = torch.tensor([[0, 1, 2], [2, 1, 0]])
 flags = torch.tensor([True, False])
 ARGUMENTS = {
     "scale_reward": (lp.exp(), -1.0, 1.0),
-    "soft_overlong_penalty": (T(3, 7, 12, dtype=torch.float32), 10, 4),
+    "soft_overlong_penalty": (T(3, 7, 12, dtype=torch.float32), 10, 7),
     "normalize_advantages": (lp,),
     "leave_one_out_advantages": (lp,),
     "informative_groups": (lp,),
@@ -711,13 +817,14 @@ ARGUMENTS = {
     "entropy": (logits,),
     "clipped_surrogate": (lp, lp.flip(1), lp + 1, 0.2, 0.2, 3.0),
     "clip_masks": (lp, lp.flip(1), lp + 1),
+    "dual_clip_mask": (lp, lp.flip(1), -lp, 1.1),
     "kl_estimate": (lp, lp.flip(1)),
     "truncated_importance_weights": (lp, lp.flip(1)),
     "overlong_filter": (torch.ones(2, 3), flags),
     "loss_weights": (T(3, 2, dtype=torch.float32), "sequence", flags),
     "aggregate_loss": (lp, torch.ones(2, 3, dtype=torch.bool), "sequence", flags),
 }
-RETURN_MASKS = ("overlong_filter", "informative_groups", "clip_masks")
+RETURN_MASKS = ("overlong_filter", "informative_groups", "clip_masks", "dual_clip_mask")
 TAKE_LENGTHS = ("soft_overlong_penalty", "loss_weights")
 TAKE_REWARDS = ("scale_reward", "normalize_advantages", "leave_one_out_advantages")
 
@@ -775,11 +882,14 @@ x2, x3, i2 = torch.zeros(2), torch.zeros(3), torch.zeros(2, dtype=torch.int64)
 b2, b3 = torch.zeros(2, 2), torch.zeros(2, 3)
 one_each, one, none = torch.zeros(2, 1), torch.zeros(1, 1), torch.zeros(0, 4)
 bool3 = x3.bool()
-CLIP_ERRORS = [
+SHAPE_ERRORS = [
     ((x2, x3, x2), "old_logprobs.*(3,)"),
     ((x2, x2, x3), "advantages.*(3,)"),
     ((b2, b2, x2), "advantages.*(2,)"),
     ((x2, x2, b2), "advantages.*(2, 2)"),
+]
+CLIP_ERRORS = [
+    *SHAPE_ERRORS,
     ((x2, x2, x2, -0.1), "clip_low.*-0.1"),
     ((x2, x2, x2, 1.1), "clip_low.*1.1"),
     ((x2, x2, x2, 0.2, -0.1), "clip_high.*-0.1"),
@@ -824,6 +934,9 @@ ERRORS = [  # function, arguments, what the message says
     ("clipped_surrogate", (x2, x2, x2, 0.2, 0.2, 1), "dual_clip.*1"),
     ("clipped_surrogate", (x2, x2, x2, 0.2, 0.2, NAN), "dual_clip.*nan"),
     *[("clip_masks", arguments, message) for arguments, message in CLIP_ERRORS],
+    *[("dual_clip_mask", (*shapes, 3), message) for shapes, message in SHAPE_ERRORS],
+    ("dual_clip_mask", (x2, x2, x2, 1), "dual_clip.*1"),
+    ("dual_clip_mask", (x2, x2, x2, NAN), "dual_clip.*nan"),
     ("kl_estimate", (x2, x3), "ref_logprobs.*(3,)"),
     ("kl_estimate", (x2, x2, "k4"), "kind.*'k4'"),
     ("truncated_importance_weights", (x2, x3), "rollout_logprobs.*(3,)"),
@@ -857,6 +970,18 @@ scale_reward: low and high swapped
 - low * (1 - correct) + high * correct
 + high * (1 - correct) + low * correct
 
+scale_reward: rounded at the upper end
+- low * (1 - correct) + high * correct
++ low + (high - low) * correct
+
+scale_reward: rounded at the lower end
+- low * (1 - correct) + high * correct
++ high - (high - low) * (1 - correct)
+
+soft_overlong_penalty: in float16
+- lengths.to(torch.promote_types(lengths.dtype, torch.float32))
++ lengths.to(torch.float16)
+
 soft_overlong_penalty: counted from max_length
 - max_length - buffer - lengths
 + max_length - lengths
@@ -864,6 +989,14 @@ soft_overlong_penalty: counted from max_length
 soft_overlong_penalty: short responses are rewarded
 - .clamp(-1, 0)
 + .clamp(min=-1)
+
+informative_groups: by the std, which has a rounding error
+- (rewards != rewards[:, :1]).any(dim=1)
++ rewards.std(dim=1) > 0
+
+informative_groups: with a tolerance
+- rewards != rewards[:, :1]
++ ~torch.isclose(rewards, rewards[:, :1])
 
 informative_groups: all instead of any
 - .any(
@@ -897,6 +1030,10 @@ normalize_advantages: rounding error divided by eps
 - advantages.masked_fill(constant, 0)
 + advantages
 
+normalize_advantages: equal up to a tolerance
+- levels[name] == levels[name][..., :1]
++ torch.isclose(levels[name], levels[name][..., :1])
+
 normalize_advantages: statistics over prompts
 - mean(dim=-1
 + mean(dim=0
@@ -908,6 +1045,14 @@ leave_one_out_advantages: own reward in the baseline
 leave_one_out_advantages: rounding error
 - .masked_fill((rewards == rewards[:, :1]).all(dim=1, keepdim=True), 0)
 +
+
+leave_one_out_advantages: equal up to a tolerance
+- rewards == rewards[:, :1]
++ torch.isclose(rewards, rewards[:, :1])
+
+token_logprobs: a banned token is only unlikely
+- .log_softmax(dim=-1)
++ .log_softmax(dim=-1).clamp(min=-1e4)
 
 token_logprobs: temperature multiplies
 - / temperature
@@ -949,7 +1094,19 @@ clipped_surrogate: dual clip where the advantage is positive
 - advantages < 0
 + advantages > 0
 
+clipped_surrogate: difference in bfloat16
+- (logprobs.to(dtype) - old_logprobs)
++ (logprobs - old_logprobs).to(dtype)
+
 clipped_surrogate: unbounded ratio
+- .clamp(-20, 20)
++
+
+clip_masks: difference in bfloat16
+- (logprobs.to(dtype) - old_logprobs)
++ (logprobs - old_logprobs).to(dtype)
+
+clip_masks: unbounded ratio
 - .clamp(-20, 20)
 +
 
@@ -961,9 +1118,33 @@ clip_masks: low and high swapped
 - 1 - clip_low)
 + 1 - clip_high)
 
+dual_clip_mask: where the advantage is positive
+- advantages < 0
++ advantages > 0
+
+dual_clip_mask: sign of the advantage ignored
+- (advantages < 0) & (ratio > dual_clip)
++ ratio > dual_clip
+
+dual_clip_mask: difference in bfloat16
+- (logprobs.to(dtype) - old_logprobs)
++ (logprobs - old_logprobs).to(dtype)
+
+dual_clip_mask: unbounded ratio
+- .clamp(-20, 20)
++
+
 kl_estimate: the other KL
 - ref_logprobs.to(dtype) - logprobs
 + logprobs.to(dtype) - ref_logprobs
+
+kl_estimate: difference in bfloat16
+- ref_logprobs.to(dtype) - logprobs
++ (ref_logprobs - logprobs).to(dtype)
+
+kl_estimate: every kind bounded
+- ref_logprobs.to(dtype) - logprobs
++ (ref_logprobs.to(dtype) - logprobs).clamp(-20, 20)
 
 kl_estimate: sign in k3
 - d.expm1() - d
@@ -976,6 +1157,10 @@ kl_estimate: cancellation
 truncated_importance_weights: with gradient
 - logprobs.detach()
 + logprobs
+
+truncated_importance_weights: difference in bfloat16
+- (logprobs.detach().to(dtype) - rollout_logprobs.detach())
++ (logprobs.detach() - rollout_logprobs.detach()).to(dtype)
 
 truncated_importance_weights: min for max
 - max=cap
@@ -997,6 +1182,10 @@ loss_weights: filtered responses stay in B
 - responses = kept.sum()
 + responses = torch.tensor(len(kept))
 
+loss_weights: long responses weigh more
+- denominator = responses * lengths
++ denominator = responses * lengths.clamp(max=1000)
+
 loss_weights: tokens of a part of the batch
 - denominator = lengths.sum()
 + denominator = lengths[: len(lengths) // 2].sum()
@@ -1004,6 +1193,18 @@ loss_weights: tokens of a part of the batch
 aggregate_loss: no mask
 - torch.where(mask, token_loss, 0)
 + token_loss
+
+aggregate_loss: NaN hidden
+- torch.where(mask, token_loss, 0)
++ torch.where(mask, token_loss, 0).nan_to_num()
+
+aggregate_loss: infinity hidden
+- torch.where(mask, token_loss, 0)
++ torch.where(mask & token_loss.isfinite(), token_loss, 0)
+
+aggregate_loss: long responses weigh more
+- loss / lengths.clamp(min=1)
++ loss / lengths.clamp(1, 1000)
 
 aggregate_loss: multiplied by the mask
 - torch.where(mask, token_loss, 0)
