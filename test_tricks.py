@@ -169,6 +169,7 @@ def check_entropy(entropy):
 LOG2 = math.log(2)  # a gap of log 2 is a ratio of 2
 # Two log-probs in bfloat16 whose difference is none: 1 - 2^-9 is rounded to 1.
 NEAR_0, MINUS_1 = T(-(2**-9), dtype=torch.bfloat16), T(-1, dtype=torch.bfloat16)
+RATIO = math.exp(1 - 2**-9)
 
 
 def check_clipped_surrogate(clipped_surrogate):
@@ -191,7 +192,7 @@ def check_clipped_surrogate(clipped_surrogate):
     close(clipped_surrogate(zeros, zeros, torch.tensor(2)), [[-2, -2], [-2, -2]])
     # without detach the gradients of both log-probs cancel
     close(grad(lambda x: clipped_surrogate(x, x, a), new)[0], [0] * 5)
-    close(clipped_surrogate(NEAR_0, MINUS_1, T(-1)), [math.exp(1 - 2**-9)])
+    close(clipped_surrogate(NEAR_0, MINUS_1, T(-1)), [RATIO])
     check_bounded_gap(clipped_surrogate)
 
 
@@ -228,11 +229,12 @@ def check_clip_masks(clip_masks):
     assert clip_masks(ones, zeros, T([1], [-1]))[1].tolist() == [[True, True], [False, False]]
     assert clip_masks(ones, zeros, torch.tensor(1))[1].all()
     # a gap beyond 20 counts as 20
-    assert not clip_masks(T(100), T(0), T(1), clip_high=math.exp(21))[1].any()
-    assert clip_masks(T(100), T(0), T(1), clip_high=math.exp(19))[1].all()
-    assert not clip_masks(T(-100), T(0), T(-1), clip_low=1 - math.exp(-21))[0].any()
-    assert not clip_masks(NEAR_0, MINUS_1, T(1), 0, math.exp(1 - 2**-10) - 1)[1].any()
-    assert clip_masks(NEAR_0, MINUS_1, T(1), 0, math.exp(1 - 2**-8) - 1)[1].all()
+    assert not clip_masks(T(100), T(0), T(1), clip_high=math.exp(20.1))[1].any()
+    assert clip_masks(T(100), T(0), T(1), clip_high=math.exp(19.9))[1].all()
+    assert not clip_masks(T(-100), T(0), T(-1), clip_low=1 - math.exp(-20.1))[0].any()
+    assert clip_masks(T(-100), T(0), T(-1), clip_low=1 - math.exp(-19.9))[0].all()
+    assert not clip_masks(NEAR_0, MINUS_1, T(1), 0, RATIO - 1 + 1e-4)[1].any()
+    assert clip_masks(NEAR_0, MINUS_1, T(1), 0, RATIO - 1 - 1e-4)[1].all()
 
 
 def check_dual_clip_mask(dual_clip_mask):
@@ -240,12 +242,14 @@ def check_dual_clip_mask(dual_clip_mask):
     new, old, a = T(LOG2, LOG2, LOG2, 0, 0, 100), T(0, 0, 0, LOG2, 0, 0), T(-3, 3, 0, -3, -3, -1)
     assert dual_clip_mask(new, old, a, 1.9).tolist() == [True, False, False, False, False, True]
     assert dual_clip_mask(new, old, a, 2.1).tolist() == [False] * 5 + [True]
-    assert not dual_clip_mask(new, old, a, math.exp(21)).any()
+    assert not dual_clip_mask(new, old, a, math.exp(20.1)).any()
+    assert dual_clip_mask(new, old, a, math.exp(19.9))[5]
+    assert not dual_clip_mask(T(LOG2), T(0), T(-1), 2).any()  # at the bound it does not bind
     ones, zeros = torch.ones(2, 2), torch.zeros(2, 2)
     assert dual_clip_mask(ones, zeros, T([1], [-1]), 2).tolist() == [[False] * 2, [True] * 2]
     assert dual_clip_mask(ones, zeros, torch.tensor(-1), 2).all()
-    assert not dual_clip_mask(NEAR_0, MINUS_1, T(-1), math.exp(1 - 2**-10)).any()
-    assert dual_clip_mask(NEAR_0, MINUS_1, T(-1), math.exp(1 - 2**-8)).all()
+    assert not dual_clip_mask(NEAR_0, MINUS_1, T(-1), RATIO + 1e-4).any()
+    assert dual_clip_mask(NEAR_0, MINUS_1, T(-1), RATIO - 1e-4).all()
 
 
 def check_kl_estimate(kl_estimate):
@@ -275,7 +279,7 @@ def check_truncated_importance_weights(truncated_importance_weights):
     assert not weights.requires_grad
     close(truncated_importance_weights(T(5, LOG2 / 2), T(0, 0)), [2, 2**0.5])
     close(truncated_importance_weights(T(5), T(0), cap=0.5), [0.5])
-    close(truncated_importance_weights(NEAR_0, MINUS_1, cap=3), [math.exp(1 - 2**-9)])
+    close(truncated_importance_weights(NEAR_0, MINUS_1, cap=3), [RATIO])
 
 
 def check_overlong_filter(overlong_filter):
@@ -347,6 +351,7 @@ def check_aggregate_loss(aggregate_loss):
     loss[1], mask[1, 1:] = 3, 0
     for level, value in (("token", 3003 / 3001), ("sequence", 2), ("sum", 3003 / 2)):
         close(aggregate_loss(loss, mask, level), value)
+        close(aggregate_loss(loss.bfloat16(), mask, level), value)  # a sum in bfloat16 is 3008
     # the mean of two micro-batch means would be 0.5
     close(aggregate_loss(T([1, 1] + [0] * 8), torch.ones(1, 10)), 0.2)
 
@@ -1131,7 +1136,7 @@ dual_clip_mask: difference in bfloat16
 + (logprobs - old_logprobs).to(dtype)
 
 dual_clip_mask: unbounded ratio
-- .clamp(-20, 20)
+- .clamp(max=20)
 +
 
 kl_estimate: the other KL
@@ -1201,6 +1206,10 @@ aggregate_loss: NaN hidden
 aggregate_loss: infinity hidden
 - torch.where(mask, token_loss, 0)
 + torch.where(mask & token_loss.isfinite(), token_loss, 0)
+
+aggregate_loss: sum in bfloat16
+- token_loss.to(torch.promote_types(token_loss.dtype, torch.float32))
++ token_loss
 
 aggregate_loss: long responses weigh more
 - loss / lengths.clamp(min=1)
