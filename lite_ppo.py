@@ -143,7 +143,6 @@ class Evaluation:
     output_dir: str = ""  # default: runs/MODEL-PRESET-seedSEED-TIME
     resume: str = "auto"  # the newest checkpoint in output_dir, if any; or a checkpoint folder
     save_every: int = 0  # steps between checkpoints; 0: only the final model
-    background_save: bool = True  # train on while a checkpoint is written; takes host memory
     samples_per_step: int = 8  # responses of each step in samples.jsonl
 
 

@@ -24,16 +24,18 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from support.clock import clock
 from support.errors import RunError, UserError
 from support.guard import out_of_memory, rank_has_ended
+from support.host import free_memory
 from support.models import count_parameters, model_dtype
-from support.util import gather
+from support.util import env, gather
 
 KEPT = 2  # checkpoints; older ones are deleted
+STATE_BYTES = 12  # per parameter, in float32: weights and two moments
+COPIES = 2  # of the state in host memory while it is written: the copy, and the bytes of the file
 PATIENCE = 60.0  # seconds that a network file system may take to show a new file elsewhere
 
 # Flags that may change on resume: how the run computes, watches and saves, not what it learns.
 MAY_CHANGE = {
-    *("steps", "train_data", "output_dir", "resume", "save_every", "background_save"),
-    "samples_per_step",
+    *("steps", "train_data", "output_dir", "resume", "save_every", "samples_per_step"),
     *("eval_data", "eval_every", "eval_samples", "eval_size", "eval_temperature"),
     *("reward_timeout", "reward_workers", "reward_memory_gib"),
     *("micro_batch_tokens", "activation_checkpointing", "cpu_offload", "shard_ranks"),
@@ -104,7 +106,7 @@ def check_space(folder: Path, model: str, cfg) -> None:
     """UserError if the final model and the checkpoints do not fit on the disk of `folder`."""
     parameters = count_parameters(model)
     final = parameters * model_dtype(model).itemsize
-    checkpoint = 12 * parameters  # float32: weights and two moments
+    checkpoint = STATE_BYTES * parameters
     count = 0
     if cfg.save_every:
         saves = -(-cfg.steps // cfg.save_every)
@@ -217,7 +219,7 @@ def read_state(path: Path) -> dict:
 class Checkpoints:
     """Writes sharded checkpoints (safetensors, no pickle), each visible only when it is complete.
 
-    With --background-save it writes in the background while training continues.
+    It writes in the background while training continues, if the host memory has room for that.
     """
 
     def __init__(self, folder: Path, cfg, identity: dict[str, str], print_line: Callable):
@@ -231,6 +233,7 @@ class Checkpoints:
         self.future = None
         self.error: BaseException | None = None
         self.failures = 0  # in a row
+        self.told = False  # that checkpoints are not written in the background
         self.newest = -1  # step of the newest checkpoint
         if dist.get_rank() == 0:
             self.delete_partial()
@@ -247,7 +250,7 @@ class Checkpoints:
                 path.unlink()
 
     def save(self, position: Position, policy, optimizer) -> None:
-        """Copy the state and start to write it. Without --background-save, wait for the end.
+        """Copy the state and start to write it. Without room for the copy, wait for the end.
 
         Errors such as a full disk are reported by finish().
         """
@@ -257,16 +260,36 @@ class Checkpoints:
         self.newest = position.step
         partial = self.folder / f"partial-{position.step}"
         storage = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        write = dcp.async_save if self.cfg.background_save else dcp.save
+        background = self.has_room(policy)
+        write = dcp.async_save if background else dcp.save
         with clock("save"):
             try:
                 tensors, _, _ = flat_state(policy, optimizer)
                 result = write(tensors, storage_writer=storage, process_group=self.group)
-                self.future = result if self.cfg.background_save else None
+                self.future = result if background else None
             except (Exception, CheckpointException) as error:
                 self.error = error
-        if not self.cfg.background_save:
+        if not background:
             self.finish()
+
+    def has_room(self, policy) -> bool:
+        """Whether the host memory of every machine has room to write in the background.
+
+        The ranks of a machine share its memory. All ranks get the same result. Where the free
+        memory cannot be read, there is room. The first time that there is none, print why.
+        """
+        parameters = sum(p.to_local().numel() for p in policy.parameters())
+        need = COPIES * STATE_BYTES * parameters * env("LOCAL_WORLD_SIZE", 1)
+        rooms = [(free, need) for free, need in gather([(free_memory(), need)]) if free is not None]
+        short = [(free, need) for free, need in rooms if free < need]
+        if short and not self.told:
+            free, need = min(short)
+            self.told = True
+            self.print(
+                "note: checkpoints are written while the training waits: in the background this "
+                f"takes {gib(need)} GiB of host memory per machine, and {gib(free)} are free"
+            )
+        return not short
 
     def finish(self, last: bool = False) -> None:
         """Wait for the checkpoint that is being written, if any, and show it. Collective.

@@ -58,7 +58,7 @@ REMEDIES = {  # phase: what reduces its memory
     "update": "a lower --micro-batch-tokens, --activation-checkpointing, more ranks, "
     "or --cpu-offload",
     "sync": "a lower --gpu-memory-utilization, more ranks, or --cpu-offload",
-    "save": "--no-background-save",
+    "save": "more free host memory, or more machines",
 }
 OUT_OF_MEMORY = (  # parts of messages, from torch, the operating system and vLLM
     "out of memory",

@@ -217,15 +217,26 @@ class FullDiskWriter(dcp.HuggingFaceStorageWriter):
         return super().write_data(*args)
 
 
+def full_host() -> int:
+    """Bytes of free memory: checkpoints are not written in the background."""
+    return 0
+
+
+def empty_host() -> int:
+    return 2**40
+
+
 @pytest.mark.parametrize("background", [True, False])
 def test_checkpoint_that_cannot_be_written_leaves_the_others(background, root, monkeypatch, capfd):
     folder = root / f"full-{background}"
-    options = dict(output_dir=str(folder), save_every=1, background_save=background)
+    options = dict(output_dir=str(folder), save_every=1)
+    monkeypatch.setattr("support.checkpoints.free_memory", [full_host, empty_host][background])
     monkeypatch.setattr(dcp, "HuggingFaceStorageWriter", FullDiskWriter)
 
     monkeypatch.setattr(FullDiskWriter, "steps", [2])
     lite_ppo.train(config(root, steps=3, **options))
     printed = capfd.readouterr().out
+    assert printed.count("checkpoints are written while the training waits") == (not background)
     assert "warning: checkpoint-2 could not be written" in printed
     assert "No space left" in printed
     assert "newest complete one: checkpoint-1" in printed
@@ -347,8 +358,8 @@ def test_full_or_closed_disk_leaves_earlier_checkpoints(
     trouble, background, root, disk, monkeypatch, capfd
 ):
     reason = REASONS[trouble]
-    options = dict(save_every=1, steps=4, background_save=background)
-    cfg = config(root, output_dir=str(disk), **options)
+    cfg = config(root, output_dir=str(disk), save_every=1, steps=4)
+    monkeypatch.setattr("support.checkpoints.free_memory", [full_host, empty_host][background])
     message = (
         f"(?s)checkpoint-3 could not be written.*({reason}).*"
         "newest complete one: checkpoint-1.*Make room or give write"
