@@ -64,8 +64,11 @@ class Model:
     model: str = "toy"  # folder or hub id; toy[:SIZE][:VARIANT] is embedded, see support/toy.py
     train_data: str = ""  # FILE.jsonl, FILE.parquet, hub OWNER/NAME, or easy, medium, hard
     eval_data: tuple[str, ...] = ()  # held-out sets: as above, or math500 aime24 ...; NAME=SET
-    # the system message of every prompt; "" for none
+    problem_column: str = ""  # of files and hub sets, A.B inside objects; "": detect
+    answer_column: str = ""  # in the same way, such as reward_model.ground_truth
+    # the system message of every prompt that has none; "" for none
     system_prompt: str = r"Please reason step by step, and put your final answer within \boxed{}."
+    chat_template_kwargs: str = ""  # a JSON object, such as '{"enable_thinking": false}'
     reward: str = "math"  # math, exact, or FILE.py:FUNCTION
     reward_timeout: float = 10.0  # seconds per response; a slower reward is killed and counts 0
     reward_workers: int = 0  # processes per rank; 0: CPU cores / ranks, at most 8

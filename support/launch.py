@@ -18,6 +18,7 @@ from support import guard
 from support.clock import Clock
 from support.errors import RunError, Stopped, UserError
 from support.guard import Signals
+from support.prompts import parse_template_kwargs
 from support.rewards import load_reward
 from support.util import compute_device, env, is_toy
 
@@ -25,6 +26,7 @@ from support.util import compute_device, env, is_toy
 TOY_DEFAULTS: dict[str, Any] = dict(
     train_data="toy:medium",
     eval_data=("toy:medium:test",),
+    system_prompt="",  # its chat template has no place for one
     prompts_per_step=32,
     max_prompt_tokens=64,
     max_new_tokens=96,
@@ -87,7 +89,8 @@ def describe_toy() -> str:
         if isinstance(value, bool):
             flags.append(flag if value else flag.replace("--", "--no-", 1))
         else:
-            flags.append(f"{flag} {' '.join(value) if isinstance(value, tuple) else value}")
+            text = " ".join(value) if isinstance(value, tuple) else str(value)
+            flags.append(f"{flag} {text or repr(text)}")
     return (
         "A flag wins over the preset, the preset over the defaults. Without --model an embedded "
         "toy model is trained, with these defaults: " + ", ".join(flags) + "."
@@ -146,6 +149,7 @@ def check_config(cfg, world: int) -> None:
         "easy, medium, hard, or a hub data set"
     )
     need(cfg.train_data != "", cfg, "train_data", text)
+    parse_template_kwargs(cfg.chat_template_kwargs)
     load_reward(cfg.reward)
 
 

@@ -1,6 +1,7 @@
 """One run: its folder, its position, what it prints and logs, when it saves, how it ends."""
 
 import contextlib
+import itertools
 import math
 import sys
 import time
@@ -25,6 +26,7 @@ from support.errors import RunError, Stopped, UserError
 from support.logs import Log, sample_text
 from support.metrics import NOT_FINITE, rollout_metrics, speed_metrics
 from support.models import count_parameters, save_model
+from support.prompts import CHECKED, Template, id_problem, template_warnings
 from support.response import Response
 from support.rewards import reward_id
 from support.util import compute_device, compute_dtype, gather
@@ -44,7 +46,9 @@ class Run:
         self.path = path
         self.tokenizer = tokenizer
         self.eval_sets = eval_sets
+        self.template = Template(tokenizer, cfg)
         self.began = time.time()
+        self.check_ids(train_set)
         self.main = dist.get_rank() == 0
         self.skipped_in_a_row = 0
         self.bar = None
@@ -89,6 +93,16 @@ class Run:
 
     # ---- start -----------------------------------------------------------------------------------
 
+    def check_ids(self, train_set: list[Problem]) -> None:
+        """UserError if a prompt has a token for which the embedding has no row."""
+        from transformers import AutoConfig
+
+        problems = itertools.chain(train_set, *self.eval_sets.values())
+        largest = (max(problem.prompt_ids) for problem in problems)
+        rows = AutoConfig.from_pretrained(self.path).vocab_size
+        if problem := id_problem(self.tokenizer, largest, rows):
+            raise UserError(f"--model {self.cfg.model}: {problem}")
+
     def print_banner(self, train_set: list[Problem], left_out: str) -> None:
         """What will run, and where its files go."""
         cfg = self.cfg
@@ -109,6 +123,15 @@ class Run:
             f"output     {self.folder}",
         ]
         self.print("\n".join(lines))
+        self.print_warnings(train_set)
+
+    def print_warnings(self, train_set: list[Problem]) -> None:
+        """What may differ from what the user expects."""
+        cfg = self.cfg
+        sets = [train_set, *self.eval_sets.values()]
+        chats = [problem.chat for problems in sets for problem in problems[:CHECKED]]
+        for warning in template_warnings(self.template, chats):
+            self.print(f"warning: {warning}")
         if cfg.top_p < 1 or cfg.top_k:
             self.print(
                 "warning: with --top-p or --top-k the samples do not follow the trained "

@@ -138,6 +138,12 @@ MISTAKES = {  # a flag and its value: words that the message must contain
     "--train-data ROOT/long.jsonl": "ROOT/long.jsonl --max-prompt-tokens 16",
     "--eval-data ROOT/unanswered.jsonl": "ROOT/unanswered.jsonl:2 answer None",
     "--eval-data ROOT/mixed.jsonl": "ROOT/mixed.jsonl --max-prompt-tokens 16 1",
+    "--problem-column q": "--problem-column q: no such column; has ['problem', 'answer']",
+    "--answer-column a.b": "--train-data: ROOT/train.jsonl:1: --answer-column a.b: no such column",
+    "--chat-template-kwargs {enable_thinking:false}": "--chat-template-kwargs "
+    "{enable_thinking:false}: not JSON give an object",
+    "--chat-template-kwargs [1]": "--chat-template-kwargs [1]: not a JSON object",
+    '--chat-template-kwargs {"tokenize":true}': "--chat-template-kwargs sets tokenize itself",
     "--eval-data ROOT/no=3/t.jsonl": "--eval-data: ROOT/no=3/t.jsonl No such file",
     # models
     "--model ROOT/none": "--model ROOT/none",
@@ -153,7 +159,9 @@ MISTAKES = {  # a flag and its value: words that the message must contain
     "--model ROOT/wide": "--model ROOT/wide (96, 64) instead of (128, 64)",
     "--model ROOT/quantized": "--model ROOT/quantized quantization_config not supported",
     "--model ROOT/garbled": "--model ROOT/garbled: does not load",
-    "--model ROOT/crowd": "--model ROOT/crowd tokenizer has 21 tokens, config.json 20",
+    "--model ROOT/crowd": "--model ROOT/crowd: its tokenizer has the token '<new>' with id 21, "
+    "the embedding has 21 rows",
+    "--model ROOT/ended": "--model ROOT/ended: its end-of-sequence id 40 21 rows 0 to 20;",
     "--model ROOT/dumb": "--model ROOT/dumb tokenizer.json missing?",
     "--model ROOT/unspoken": "--model ROOT/unspoken: does not load",
     "--model ROOT/gpt": "--model ROOT/gpt GPT2LMHeadModel has no list of layers",

@@ -27,7 +27,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support import data, toy
+from lite_ppo import Config  # hides broken packages from transformers
+from support import columns, data, prompts, toy
 from support.errors import UserError
 from tests.checks import parse_mutants
 
@@ -85,12 +86,12 @@ NO_GOLDS = [
 
 @pytest.mark.parametrize("value,expected", GOLDS)
 def test_gold_answer_equals_the_one_by_hand(value, expected):
-    assert data.gold(value) == expected
+    assert columns.gold(value) == expected
 
 
 @pytest.mark.parametrize("value", NO_GOLDS)
 def test_value_without_an_answer_has_an_empty_gold_answer(value):
-    assert data.gold(value) == ""
+    assert columns.gold(value) == ""
 
 
 # ---- hub sets ------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ HUB_ROWS = {
             "unit": None,
         },
         "Q",
-        "2, $-3$",
+        "2, -3",
     ),
 }
 
@@ -892,6 +893,11 @@ def sums(count: int) -> list[dict]:
     return rows
 
 
+def settings(system_prompt: str = "", max_prompt_tokens: int = 16, **others) -> Config:
+    """The flags that prompts depend on."""
+    return Config(system_prompt=system_prompt, max_prompt_tokens=max_prompt_tokens, **others)
+
+
 def make_chat(system_prompt: str, problem: str) -> list[dict]:
     chat = [{"role": "user", "content": problem}]
     if system_prompt:
@@ -903,7 +909,7 @@ def make_chat(system_prompt: str, problem: str) -> list[dict]:
 def test_prompts_equal_the_chat_template(system_prompt, tmp_path, tokenizer):
     rows = sums(600)  # more than the tokenizer gets at once
     path = write(tmp_path, lines(*rows, rows[0]))
-    problems, left_out = data.load_problems(path, tokenizer, system_prompt, 16)
+    problems, left_out = data.load_problems(path, tokenizer, settings(system_prompt))
 
     expected = []
     for row in rows:
@@ -919,7 +925,7 @@ def test_prompts_equal_the_chat_template(system_prompt, tmp_path, tokenizer):
 def test_limit_takes_the_first_rows(tmp_path, tokenizer):
     rows = sums(600)
     path = write(tmp_path, lines(*rows, rows[0]))
-    problems, left_out = data.load_problems(path, tokenizer, "", 16, 5)
+    problems, left_out = data.load_problems(path, tokenizer, settings(), 5)
     assert [problem.row for problem in problems] == rows[:5]
     assert left_out["too long"] == 0
 
@@ -928,7 +934,7 @@ def test_error_if_every_prompt_is_too_long(tmp_path, tokenizer):
     path = write(tmp_path, lines(*sums(600)))
     pattern = "some.jsonl: every prompt is longer than --max-prompt-tokens 2"
     with pytest.raises(UserError, match=pattern):
-        data.load_problems(path, tokenizer, "", 2)
+        data.load_problems(path, tokenizer, settings("", 2))
 
 
 class CountingTokenizer:
@@ -948,7 +954,7 @@ class CountingTokenizer:
 def test_tokenizer_gets_at_most_1000_texts_at_once(tmp_path):
     tokenizer = CountingTokenizer()
     path = write(tmp_path, lines(*deepmath(3000)))
-    problems, _ = data.load_problems(path, tokenizer, "", 9)
+    problems, _ = data.load_problems(path, tokenizer, settings())
     assert len(problems) == sum(tokenizer.sizes) == 3000
     assert max(tokenizer.sizes) <= 1000
 
@@ -974,7 +980,7 @@ def test_error_names_the_row_on_which_the_template_fails(
     monkeypatch.setattr(tokenizer, "chat_template", template)
     message = f"--model: its chat template fails on {tmp_path}/{pattern}"
     with pytest.raises(UserError, match=message):
-        data.load_problems(path, tokenizer, "", 16)
+        data.load_problems(path, tokenizer, settings())
 
 
 # ---- named mutants -------------------------------------------------------------------------------
@@ -1013,23 +1019,23 @@ file_in_any_encoding_has_the_same_rows: byte order mark not removed
 + utf-8
 
 first_usable_column_counts: first column, usable or not
-- for text in problems if
-+ for text in problems[:1] if
+- for value in values:
++ for value in values[:1]:
 
 repeated_rows_of_a_file_are_counted: the last duplicate
-- by_problem.setdefault(key, (place, row))
-+ by_problem.pop(key, (place, row)); by_problem[key] = place, row
+- by_problem.setdefault(key, placed)
++ by_problem.pop(key, placed); by_problem[key] = placed
 
 doubtful_rows_of_a_hub_set_are_left_out: contradictions stay
 - if key not in disputed
 + if True
 
 repeated_rows_of_a_file_are_counted: spaces make another problem
-- row["problem"].strip()
-+ row["problem"]
+- message["content"].strip())
++ message["content"])
 
 parquet_rows_become_json_values: images are kept
-- "binary" not in str(field.type)
+- "binary" not in str(column.type)
 + True
 
 error_names_the_row_of_a_parquet_file: rows from zero
@@ -1103,15 +1109,21 @@ def run_all_cases(test, fixtures: dict) -> None:
 
 @pytest.mark.parametrize("name,right,wrong", MUTANTS)
 def test_named_mutant_fails_its_test(name, right, wrong, request, monkeypatch):
-    source = Path(data.__file__).read_text()
-    assert right in source, "support/data.py no longer contains this code"
+    sources = {module: Path(module.__file__).read_text() for module in (columns, prompts, data)}
+    module = next((module for module in sources if right in sources[module]), None)
+    assert module, "no file contains this code any longer"
     test = globals()[f"test_{name}"]
     parameters = set(inspect.signature(test).parameters) - set(cases_of(test)[0])
     fixtures = {name: request.getfixturevalue(name) for name in parameters}
 
     mutant = types.ModuleType("mutant")
-    exec(compile(source.replace(right, wrong), "mutant", "exec"), vars(mutant))
-    mutant.fetch = data.fetch  # the fixture `hub` has replaced it
-    monkeypatch.setitem(globals(), "data", mutant)
+    exec(compile(sources[module].replace(right, wrong), "mutant", "exec"), vars(mutant))
+    if module is data:
+        mutant.fetch = data.fetch  # the fixture `hub` has replaced it
+    else:
+        for name in ("to_row", "Template"):  # what data imports from it
+            if name in vars(module):
+                monkeypatch.setattr(data, name, getattr(mutant, name))
+    monkeypatch.setitem(globals(), module.__name__.split(".")[1], mutant)
     with pytest.raises((AssertionError, UserError, pytest.fail.Exception)):
         run_all_cases(test, fixtures)

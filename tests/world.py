@@ -24,6 +24,7 @@ from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -186,13 +187,21 @@ def with_empty_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
 
 
+def with_new_token(folder: Path) -> None:
+    """The chat template uses a token that was added without a row of the embedding."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens("<new>")
+    tokenizer.chat_template += "{% if tools %}<new>{% endif %}"
+    tokenizer.save_pretrained(folder)
+
+
 def with_broken_generation_config(folder: Path) -> None:
     (folder / "generation_config.json").write_text("{")
 
 
 def with_gpt2(folder: Path) -> None:
     """A model without a list of layers."""
-    shape = GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=VOCABULARY)
+    shape = GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=VOCABULARY, eos_token_id=1)
     GPT2LMHeadModel(shape).save_pretrained(folder)
 
 
@@ -219,7 +228,8 @@ SPOILT = {  # folder: what is changed in a copy of the tied model
     "lost": without_tensor,
     "wide": setting("config.json", intermediate_size=128),
     "quantized": setting("config.json", quantization_config=dict(quant_method="fp8")),
-    "crowd": setting("config.json", vocab_size=VOCABULARY - 1),
+    "crowd": with_new_token,
+    "ended": setting("generation_config.json", eos_token_id=[1, 40]),
     "garbled": with_empty_tokenizer,
     "unspoken": with_broken_generation_config,
     "gpt": with_gpt2,

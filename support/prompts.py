@@ -1,0 +1,166 @@
+"""From messages to the text of a prompt: the chat template, and what it silently loses."""
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from support.columns import Chat
+from support.errors import UserError
+
+FLAG = "--chat-template-kwargs"
+# Arguments of apply_chat_template that this trainer sets or that change what it returns.
+RESERVED = {
+    *("self", "conversation", "conversations", "messages", "chat_template", "tokenize"),
+    *("add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length"),
+    *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
+CHECKED = 8  # prompts of each set that are searched for lost text
+
+
+def parse_template_kwargs(text: str) -> dict[str, Any]:
+    """The value of --chat-template-kwargs; "" is no arguments. UserError names the remedy."""
+    if not text.strip():
+        return {}
+    example = """such as '{"enable_thinking": false}'"""
+    try:
+        kwargs = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{FLAG} {text}: not JSON ({error}); give an object {example}") from None
+    if not isinstance(kwargs, dict):
+        raise UserError(f"{FLAG} {text}: not a JSON object; give one {example}")
+    taken = sorted(RESERVED & kwargs.keys())
+    if taken:
+        raise UserError(
+            f"{FLAG} {text}: this program sets {', '.join(taken)} itself; leave it out and give "
+            "only variables of the chat template"
+        )
+    return kwargs
+
+
+class Template:
+    """The chat template of a tokenizer, with the flags that concern it."""
+
+    def __init__(self, tokenizer, cfg):
+        self.tokenizer = tokenizer
+        self.system_prompt = cfg.system_prompt
+        self.kwargs = parse_template_kwargs(cfg.chat_template_kwargs)
+
+    def complete(self, chat: Chat) -> Chat:
+        """The messages with --system-prompt in front, unless they have a system message."""
+        if has_system_message(chat) or not self.system_prompt:
+            return chat
+        return [{"role": "system", "content": self.system_prompt}, *chat]
+
+    def render(self, chat: Chat, place: str) -> str:
+        """The text of a prompt, up to where the response starts. place: for messages."""
+        try:
+            return self.apply(chat, self.kwargs)
+        except Exception as error:  # a template is a program and can raise anything
+            remedy = 'if it takes no system message, give --system-prompt ""'
+            if self.kwargs:
+                remedy += f"; check {FLAG}"
+            raise UserError(
+                f"--model: its chat template fails on {place}: {type(error).__name__}: {error}; "
+                f"{remedy}"
+            ) from None
+
+    def apply(self, chat: Chat, kwargs: dict[str, Any]) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True, **kwargs
+        )
+
+
+def has_system_message(chat: Chat) -> bool:
+    return any(message["role"] in ("system", "developer") for message in chat)
+
+
+# ---- what a template loses -----------------------------------------------------------------------
+
+
+def template_warnings(template: Template, chats: list[Chat]) -> Iterator[str]:
+    """Parts of the prompts, and arguments, that the chat template silently leaves out.
+
+    chats: some prompts, complete. A message is lost if the prompt is the same with another text in
+    its place, or does not contain its text, up to white space. (Leaving the message out would not
+    show it: a template may have the same text as its default.) The answers of earlier turns may
+    differ: templates remove their thoughts. An argument has no effect if every prompt is the same
+    without it.
+    """
+    texts = [template.render(chat, "a prompt") for chat in chats]
+    lost = {}  # role -> an example
+    for chat, text in zip(chats, texts):
+        for message in chat:
+            if message["role"] != "assistant" and is_lost(template, message, chat, text):
+                lost.setdefault(message["role"], message["content"])
+    for role, content in lost.items():
+        remedy = "correct chat_template.jinja in the folder of the model"
+        if role == "system":
+            remedy = (
+                "the model never sees it. Put the instruction into the problems and give "
+                f'--system-prompt "", or {remedy}'
+            )
+        yield f"the chat template of --model drops the {role} message {shorten(content)}; {remedy}"
+    for name in template.kwargs:
+        others = {key: value for key, value in template.kwargs.items() if key != name}
+        if all(is_same(template, chat, others, text) for chat, text in zip(chats, texts)):
+            yield (
+                f"{FLAG}: {name} = {json.dumps(template.kwargs[name])} changes no prompt. The "
+                "chat template of --model does not use it, or this is its default; check the "
+                'spelling and the type (false, not "false"), or leave it out'
+            )
+
+
+def is_lost(template: Template, message: dict, chat: Chat, text: str) -> bool:
+    """Whether a message of the chat has no effect on the rendered text, or is not part of it."""
+    content = message["content"].strip()
+    changed = [other | {"content": content + " x"} if other is message else other for other in chat]
+    ignored = is_same(template, changed, template.kwargs, text)
+    return bool(content) and (ignored or not contains(text, content))
+
+
+def is_same(template: Template, chat: Chat, kwargs: dict[str, Any], text: str) -> bool:
+    """Whether a chat and these arguments give the text too. A template that fails does not."""
+    try:
+        return template.apply(chat, kwargs) == text
+    except Exception:  # a template is a program and can raise anything
+        return False
+
+
+def contains(text: str, part: str) -> bool:
+    """Whether a text contains another one, up to white space."""
+    return "".join(part.split()) in "".join(text.split())
+
+
+def shorten(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:60] + "...")
+
+
+# ---- token ids -----------------------------------------------------------------------------------
+
+
+def id_problem(tokenizer, ids: Iterable[int], rows: int) -> str:
+    """The largest of the ids and its token, if the embedding has no row for it; otherwise "".
+
+    rows: number of rows of the embedding, vocab_size in config.json. An id beyond them is an
+    IndexError on a CPU and undefined on a GPU.
+    """
+    largest = max(ids, default=-1)
+    if largest < rows:
+        return ""
+    token = tokenizer.convert_ids_to_tokens(largest)
+    found = f"its tokenizer has the token {token!r} with id {largest}"
+    if token is None:
+        found = f"its end-of-sequence id {largest} is no token of its tokenizer"
+    return (
+        f"{found}, and the embedding has {rows} rows (vocab_size in config.json), ids 0 to "
+        f"{rows - 1}; use the tokenizer and generation_config.json of this model, or resize the "
+        "embedding and save the model again (resize_token_embeddings)"
+    )
+
+
+def template_ids(tokenizer) -> list[int]:
+    """The ids of the added tokens that the chat template names, used by a prompt or not."""
+    template = tokenizer.chat_template or ""
+    text = template if isinstance(template, str) else "".join(template.values())
+    added = tokenizer.added_tokens_decoder.items()
+    return [token_id for token_id, token in added if str(token) in text]

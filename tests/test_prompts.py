@@ -1,0 +1,218 @@
+"""support/prompts.py: the chat template, its arguments, what it loses, and token ids."""
+
+import inspect
+import json
+
+import pytest
+
+from lite_ppo import PRESETS, Config  # hides broken packages from transformers
+from support import data, launch, prompts, run, toy
+from support.errors import UserError
+from support.prompts import Template, template_warnings
+from tests.test_data import lines, missing_words, write
+
+CHATML = (
+    "{% for m in messages %}<user>{{ m.role }}\n{{ m.content | trim }}<eos>{% endfor %}<assistant>"
+)
+THINKING = "{% if enable_thinking is defined and enable_thinking is false %}0{% else %}1{% endif %}"
+USERS_ONLY = toy.CHAT_TEMPLATE
+LAST_ONLY = "{{ messages[-1].content }}"
+OWN_SYSTEM = "Be good. {{ messages[-1].content }}"
+MERGED = (
+    "{% set s = messages[0].content + ' ' if messages[0].role == 'system' else '' %}"
+    "{{ s }}{{ messages[-1].content }}"
+)
+WITH_DEFAULT = (
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}Be good.{% endif %}"
+    "{{ messages[-1].content }}"
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ 1 / 0 }}{% endif %}" + LAST_ONLY
+SHOUTING = "{{ messages[0].content }}{{ messages[-1].content | upper }}"
+
+
+@pytest.fixture
+def tokenizer():
+    return toy.make_tokenizer()
+
+
+def user(text) -> dict:
+    return {"role": "user", "content": text}
+
+
+def system(text) -> dict:
+    return {"role": "system", "content": text}
+
+
+def make_template(tokenizer, text: str, **flags) -> Template:
+    tokenizer.chat_template = text
+    return Template(tokenizer, Config(**{"system_prompt": "Be good."} | flags))
+
+
+# ---- the messages of a prompt --------------------------------------------------------------------
+
+
+def test_system_prompt_comes_first_unless_the_messages_have_their_own(tokenizer):
+    template = make_template(tokenizer, CHATML)
+    turns = [user("1"), {"role": "assistant", "content": "2"}, user("3")]
+    assert template.complete(turns) == [system("Be good."), *turns]
+    for own in (system("Be bad."), system(""), {"role": "developer", "content": "x"}):
+        assert template.complete([own, user("1")]) == [own, user("1")]
+    assert make_template(tokenizer, CHATML, system_prompt="").complete(turns) == turns
+
+
+def test_prompt_of_messages_is_their_rendered_chat(tokenizer, tmp_path):
+    tokenizer.chat_template = CHATML
+    chat = [system("7"), user("1+1"), {"role": "assistant", "content": "2"}, user("2+2")]
+    path = write(tmp_path, lines({"prompt": chat, "answer": 4}, {"prompt": "3+3", "answer": 6}))
+    cfg = Config(system_prompt="9", max_prompt_tokens=200)
+    problems, _ = data.load_problems(path, tokenizer, cfg)
+    for problem, expected in zip(problems, [chat, [system("9"), user("3+3")]], strict=True):
+        ids = tokenizer.apply_chat_template(expected, add_generation_prompt=True)["input_ids"]
+        assert problem.prompt_ids == ids
+        assert problem.chat == expected
+
+
+# ---- arguments of the template -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text,ending", [("", "1"), ('{"enable_thinking": false}', "0")])
+def test_template_gets_the_arguments(text, ending, tokenizer, tmp_path):
+    tokenizer.chat_template = CHATML + THINKING
+    path = write(tmp_path, lines({"problem": "2", "answer": "3"}))
+    cfg = Config(system_prompt="", chat_template_kwargs=text)
+    ((problem,), _) = data.load_problems(path, tokenizer, cfg)
+    assert tokenizer.decode(problem.prompt_ids).endswith("<assistant>" + ending)
+
+
+def test_changed_arguments_make_other_problems(tokenizer, tmp_path):
+    """A resumed run compares the ids."""
+    tokenizer.chat_template = CHATML + THINKING
+    path = write(tmp_path, lines({"problem": "2", "answer": "3"}))
+    flags = [dict(), dict(chat_template_kwargs='{"enable_thinking": false}')]
+    flags += [dict(problem_column="answer"), dict(answer_column="problem")]
+    sets = [data.load_problems(path, tokenizer, Config(**f)).problems for f in flags]
+    assert len({data.problems_id(problems) for problems in sets}) == 4
+
+
+BAD_KWARGS = [  # --chat-template-kwargs, words of the message
+    ("enable_thinking=false", "not JSON give object enable_thinking"),
+    ("{'a': 1}", "not JSON"),
+    ("[1]", "not a JSON object"),
+    ("null", "not a JSON object"),
+    ("[" * 99999, "not JSON"),
+    ('{"tokenize": true, "padding": 1}', "sets padding, tokenize itself leave out"),
+    ('{"add_generation_prompt": false}', "add_generation_prompt"),
+    ('{"messages": []}', "messages"),
+    ('{"chat_template": "x"}', "chat_template"),
+]
+
+
+@pytest.mark.parametrize("text,words", BAD_KWARGS, ids=[text[:20] for text, _ in BAD_KWARGS])
+def test_error_names_bad_arguments(text, words):
+    with pytest.raises(UserError) as error:
+        prompts.parse_template_kwargs(text)
+    message = str(error.value)
+    assert message.startswith(f"--chat-template-kwargs {text}: ")
+    assert missing_words(words, message) == []
+
+
+def test_reserved_arguments_are_those_of_transformers(tokenizer):
+    """All but `tools` and `documents`, which templates use."""
+    names = set(inspect.signature(tokenizer.apply_chat_template).parameters)
+    assert names - {"tools", "documents", "kwargs"} <= prompts.RESERVED
+
+
+def test_bad_arguments_are_an_error_before_anything_is_loaded():
+    with pytest.raises(UserError, match="--chat-template-kwargs x: not JSON"):
+        launch.check_config(Config(train_data="x", chat_template_kwargs="x"), 1)
+
+
+# ---- what a template loses -----------------------------------------------------------------------
+
+WARNINGS = [  # template, --chat-template-kwargs, messages, words of each warning
+    (CHATML, "", [user("1")], []),
+    (MERGED, "", [user("1")], []),
+    (WITH_DEFAULT, "", [user("1")], []),  # its default is the same text
+    (CHATML + THINKING, '{"enable_thinking": false}', [user("1")], []),
+    (CHATML, "", [user("a\n\n b "), {"role": "assistant", "content": "<think>"}, user("c")], []),
+    (USERS_ONLY, "", [user("1")], ["drops the system message 'Be good.' --system-prompt jinja"]),
+    (OWN_SYSTEM, "", [user("1")], ["drops the system message 'Be good.' never sees"]),
+    (USERS_ONLY, "", [user("Be good. 1")], ["drops the system message"]),
+    (LAST_ONLY, "", [system("S"), user("1"), user("2")], ["the system", "the user message '1'"]),
+    (SHOUTING, "", [user("abc")], ["drops the user message 'abc' correct chat_template.jinja"]),
+    (CHATML, '{"think": 0}', [user("1")], ["--chat-template-kwargs: think = 0 changes no prompt"]),
+    (
+        CHATML + THINKING,
+        '{"enable_thinking": "false"}',
+        [user("1")],
+        ['enable_thinking = "false" changes no prompt false, not "false"'],
+    ),
+]
+
+
+@pytest.mark.parametrize("text,kwargs,chat,warnings", WARNINGS)
+def test_warning_names_what_the_template_loses(text, kwargs, chat, warnings, tokenizer):
+    template = make_template(tokenizer, text, chat_template_kwargs=kwargs)
+    chats = [template.complete(chat)] * 3 if chat else []
+    found = list(template_warnings(template, chats))
+    assert len(found) == len(warnings), found
+    for words, warning in zip(warnings, found):
+        assert missing_words(words, warning) == []
+
+
+def test_long_message_is_shortened(tokenizer):
+    template = make_template(tokenizer, USERS_ONLY, system_prompt="x" * 999)
+    (warning,) = template_warnings(template, [template.complete([user("1")])])
+    assert "'" + "x" * 60 + "...'" in warning
+
+
+class Printed(run.Run):
+    """A Run without a folder: what print_warnings prints."""
+
+    def __init__(self, cfg, tokenizer):
+        self.cfg = cfg
+        self.template = Template(tokenizer, cfg)
+        self.texts = []
+        self.print = self.texts.append
+
+
+@pytest.mark.parametrize("arguments,count", [([], 0), (["--system-prompt", "Add."], 1)])
+def test_toy_run_warns_only_of_a_system_prompt_that_is_given(arguments, count, tokenizer):
+    cfg = launch.parse_config(Config, PRESETS, arguments)
+    problem = data.Problem({}, [3], Template(tokenizer, cfg).complete([user("1+1")]))
+    printed = Printed(cfg, tokenizer)
+    printed.eval_sets = {"toy": [problem]}
+    printed.print_warnings([problem])
+    warnings = [text for text in printed.texts if "warning: the chat template" in text]
+    assert len(warnings) == len(printed.texts) == count
+
+
+# ---- token ids -----------------------------------------------------------------------------------
+
+
+def test_largest_id_is_named_if_the_embedding_has_no_row(tokenizer):
+    assert prompts.id_problem(tokenizer, [3, 20], 21) == ""
+    assert prompts.id_problem(tokenizer, [], 21) == ""
+    problem = prompts.id_problem(tokenizer, [3, 20, 7], 20)
+    assert missing_words("'\\n' id 20, 20 rows 0 to 19;", problem) == []
+
+
+def test_tokens_that_the_template_names_are_known(tokenizer):
+    named = {toy.SPECIAL.index(token) for token in ("<user>", "<assistant>", "<eos>")}
+    assert set(prompts.template_ids(tokenizer)) == named
+    tokenizer.add_tokens(["<new>", "<other>"])
+    tokenizer.chat_template += "{% if x %}<new>{% endif %}"
+    assert set(prompts.template_ids(tokenizer)) == named | {21}
+
+
+def test_error_names_a_token_of_a_prompt_without_a_row(tokenizer, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 21}))
+    tokenizer.add_tokens("<new>")
+    ids = tokenizer("1<new>").input_ids
+    broken = Printed(Config(model="mine"), tokenizer)
+    broken.path, broken.tokenizer = str(tmp_path), tokenizer
+    broken.eval_sets = {"dev": [data.Problem({}, ids)]}
+    with pytest.raises(UserError, match="--model mine: .*'<new>' with id 21, .*21 rows"):
+        broken.check_ids([data.Problem({}, [3])])
+    broken.eval_sets = {}
+    broken.check_ids([data.Problem({}, [20])])
