@@ -76,6 +76,8 @@ def find_problem(columns: dict, raw: Row, place: str, named: str) -> Chat:
     names = PROBLEM_COLUMNS
     if look_up(columns, VERL_ANSWER) is not ABSENT:
         names = ("prompt", *names)
+    if "instruction" in columns:  # then "input" is only a part of the problem
+        names = [name for name in names if name != "input"]
     values = [columns[name] for name in names if name in columns]
     for value in values:
         if messages := to_messages(value, place):

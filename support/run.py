@@ -98,7 +98,7 @@ class Run:
         from transformers import AutoConfig
 
         problems = itertools.chain(train_set, *self.eval_sets.values())
-        largest = (max(problem.prompt_ids) for problem in problems)
+        largest = (max(problem.prompt_ids, default=0) for problem in problems)
         rows = AutoConfig.from_pretrained(self.path).vocab_size
         if problem := id_problem(self.tokenizer, largest, rows):
             raise UserError(f"--model {self.cfg.model}: {problem}")

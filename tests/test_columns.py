@@ -221,6 +221,15 @@ BAD_PROMPTS = [  # value of "prompt", words of the message
     ({"role": "user"}, '"problem"'),
     (None, '"problem" None'),
 ]
+# "input" is not the whole problem where there is an "instruction".
+NO_PROBLEM = {"instruction": "Add.", "input": "1, 1", "label": "2"}
+
+
+def test_error_if_the_problem_is_in_two_columns():
+    with pytest.raises(UserError, match="needs \"problem\".*'instruction'.*--problem-column"):
+        columns.to_row(NO_PROBLEM, "here")
+    named = Columns("instruction")
+    assert columns.to_row(NO_PROBLEM, "here", named).row["problem"] == "Add."
 
 
 @pytest.mark.parametrize("prompt,words", BAD_PROMPTS)

@@ -197,6 +197,35 @@ def test_vllm_passes_the_same_tests(helpers):
         pytest.skip(reason)
 
 
+# ---- data of other frameworks --------------------------------------------------------------------
+
+STYLES = """
+def style(response, row):
+    return float(row["reward_model"]["style"] == "rule" and row["extra_info"]["index"] == 7)
+"""
+
+
+def test_run_takes_messages_and_warns_of_a_lost_system_message(root, capfd):
+    (root / "tied/styles.py").write_text(STYLES)
+    row = {"prompt": [{"role": "user", "content": "1+2"}], "extra_info": {"index": 7}}
+    row["reward_model"] = {"style": "rule", "ground_truth": "3"}
+    (root / "verl.jsonl").write_text(json.dumps(row) + "\n")
+    cfg = config(
+        root,
+        train_data=f"{root}/verl.jsonl",
+        eval_data=(),
+        reward=f"{root}/tied/styles.py:style",
+        steps=1,
+        output_dir=str(root / "verl"),
+    )
+    lite_ppo.train(cfg)
+    (sample, *others) = read(root / "verl/samples.jsonl")
+    assert len(others) == 15
+    assert (sample["prompt"], sample["gold"], sample["reward"]) == ("1+2", "3", 1)
+    printed = capfd.readouterr().out
+    assert printed.count("warning: the chat template of --model drops the system message") == 1
+
+
 # ---- slow rewards --------------------------------------------------------------------------------
 
 LATE = """
