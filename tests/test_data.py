@@ -1035,8 +1035,8 @@ repeated_rows_of_a_file_are_counted: spaces make another problem
 + message["content"])
 
 parquet_rows_become_json_values: images are kept
-- "binary" not in str(column.type)
-+ True
+- if column not in binary and
++ if
 
 error_names_the_row_of_a_parquet_file: rows from zero
 - enumerate(rows, 1)
