@@ -1,28 +1,33 @@
 r"""Laws of the math reward, over the gold answers of data sets.
 
-    python benchmarks/answer_laws.py DATA.jsonl ... [--sample 1000] [--jobs 2] [--output laws.json]
+    python benchmarks/answer_laws.py DATA.jsonl ... [--sample 1000] [--output laws.json]
 
 Each different gold answer must accept itself, also with a full stop and with spaces around it, and
 must refuse itself after one change. The changes are:
 
-    digit, sign, case, letter, index, prime, transpose, order, operator, function, bracket, removed
+    digit, sign, case, letter, index, prime, transpose, order, operator, function, bracket
 
-A changed answer that is accepted is either truly equal, for a reason that REASONS names, or a
-fault. Faults are printed and give exit code 1. Verdicts are also compared in both directions.
+A changed answer that is accepted is either truly equal, for a reason that reason() names, or a
+fault. Faults are printed and give exit code 1. Each verdict is also asked for the other way round.
 """
 
 import argparse
 import json
+import os
 import random
 import re
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
+
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.data import load_rows
+from support.notation import as_word, tidy
 from support.rewards import Grader
 
 # ---- changes -------------------------------------------------------------------------------------
@@ -130,3 +135,89 @@ def pairs_of(golds: list[str], sample: int, seed: int) -> list[tuple[str, str, s
 
 
 # ---- changes that leave the value as it is -------------------------------------------------------
+
+
+def reason(kind: str, gold: str, answer: str) -> str:
+    """Why the changed answer is truly equal to the gold answer; "" if it is not."""
+    if kind == "case" and as_word(tidy(gold))[1]:
+        return "words count in any case"
+    if kind == "index" and re.fullmatch(r"\d[0-9A-F]*_\{?\d+\}?", gold) and "_" not in answer:
+        return "a number base may be left out"
+    if kind == "sign" and re.search(r"(=|\\neq?)\s*0$", gold):
+        return "an equation with 0 holds times -1 too"
+    if kind == "sign" and re.fullmatch(r"-?0", gold):
+        return "0 has no sign"
+    return TRULY_EQUAL.get((gold, answer), "")
+
+
+TRULY_EQUAL = {  # (gold answer, changed answer): why they are equal
+}
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+
+def verdicts(pairs: list[tuple[str, str, str]], timeout: float, workers: int) -> list[list]:
+    """[score, score the other way round, whether a limit was hit] of each pair."""
+    config = SimpleNamespace(
+        reward="math", reward_timeout=timeout, reward_workers=workers, reward_memory_gib=4.0
+    )
+    grader = Grader(config)
+    found = []
+    for start in tqdm(range(0, len(pairs), 500), unit="batch"):
+        part = pairs[start : start + 500]
+        ways = []
+        for response, row in ((2, 1), (1, 2)):
+            boxes = [rf"\boxed{{{pair[response]}}}" for pair in part]
+            ways.append(grader(boxes, [{"answer": pair[row]} for pair in part]))
+        for there, back in zip(*ways):
+            found.append([there.score, back.score, bool(there.failure or back.failure)])
+    grader.close()
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", nargs="+", help="FILE.jsonl, FILE.parquet or a hub data set")
+    parser.add_argument("--sample", type=int, default=1000, help="pairs per kind; 0: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timeout", type=float, default=10.0, help="seconds per verdict")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--output", type=Path, help="a JSON file with the figures")
+    args = parser.parse_args(argv)
+    golds = [row["answer"] for name in args.data for row in load_rows(name)]
+    different = list(dict.fromkeys(golds))
+    pairs = pairs_of(different, args.sample, args.seed)
+    tried, equal, late, faults, one_way = Counter(), Counter(), 0, [], []
+    for pair, (score, back, failed) in zip(pairs, verdicts(pairs, args.timeout, args.workers)):
+        kind = pair[0]
+        tried[kind] += 1
+        late += failed
+        if kind == "itself" and not score:
+            faults.append((*pair, "refused"))
+        elif kind != "itself" and score:
+            why = reason(*pair)
+            equal[why] += bool(why)
+            faults += [] if why else [(*pair, "accepted")]
+        if score != back and not failed:
+            one_way.append(pair)
+    figures = {
+        "date": f"{date.today()}",
+        "golds": len(golds),
+        "different golds": len(different),
+        "pairs": dict(tried),
+        "truly equal": {why: count for why, count in equal.items() if count},
+        "without a verdict in time": late,
+        "other verdict the other way round": one_way,
+        "faults": faults,
+    }
+    print(json.dumps(figures, indent=1, ensure_ascii=False))
+    if args.output:
+        args.output.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -31,7 +31,7 @@ from support.notation import (
 
 NUMBER = re.compile(r"[+-]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})")
 PERCENT = re.compile(r"\s*\\?%$")
-BASE = re.compile(r"([0-9A-F]+)_(?:\{(\d+)\}|(\d+))")
+BASE = re.compile(r"(\d[0-9A-F]*)_(?:\{(\d+)\}|(\d+))")
 CLOSED_AT_INFINITY = re.compile(r"\[-\\infty|\\infty\]")
 ROUNDED = 5e-6  # relative difference of a number and its first six digits
 

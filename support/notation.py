@@ -442,9 +442,15 @@ LITERAL = re.compile(
 )
 
 
+INDEXED_SUM = re.compile(r"\\(?:sum|prod)\s*_\{\s*([A-Za-z])\s*=.*_(?:\1|\{[^{}]*\1)", re.DOTALL)
+
+
 def is_literal(text: str) -> bool:
-    """Whether the text has marks for which the parser has no meaning. Compare such text as text."""
-    return bool(LITERAL.search(text))
+    """Whether the text has marks for which the parser has no meaning. Compare such text as text.
+
+    They are the marks of LITERAL, and sums over an index of a variable, such as sum_i x_i.
+    """
+    return bool(LITERAL.search(text) or INDEXED_SUM.search(text))
 
 
 def for_parser(text: str) -> str:
