@@ -55,6 +55,18 @@ def check_linear_logprobs(linear_logprobs):
         close(of_hidden[0], by_entropy)
         of_weight = grad(lambda x: linear_logprobs(hidden, x, ids, chunk=chunk)[0], weight)
         close(of_weight[0], by_logprob.t() @ hidden)  # logits = hidden @ weight.T
+    # a bias of log 3 on token 1 is as good as a hidden state of log 3
+    bias = T(0, math.log(3))
+    close(linear_logprobs(0 * hidden, weight, ids, bias=bias)[0][:1], [math.log(1 / 4)])
+    rest = hidden - bias  # so that the logits are those from above
+    of_bias = grad(lambda x: linear_logprobs(rest, weight, ids, chunk=2, bias=x)[0], bias)
+    close(of_bias[0], by_logprob.sum(0))
+    # at temperature 1/2, the bias is divided as well
+    close(linear_logprobs(0 * hidden, weight, ids, 0.5, bias=bias)[0][:1], [math.log(1 / 10)])
+    # rows of very different size in one block: each has a peak of its own
+    uneven = linear_logprobs(T([0, math.log(3)], [2000, 0]), weight, ids[:2], chunk=16)
+    close(uneven[0], [math.log(1 / 4), -2000])
+    close(uneven[1], [h, 0])
     # at temperature t, the gradients are 1 / t times those at hidden / t
     for i, expected in enumerate((by_logprob, by_entropy)):
         scaled = grad(lambda x: linear_logprobs(x, weight, ids, temperature=2.0)[i], 2 * hidden)
@@ -71,7 +83,7 @@ def test_function_stands_alone():
 
 
 def test_public_names_and_defaults():
-    expected = "linear_logprobs(hidden, weight, token_ids, temperature=1.0, chunk=1024)"
+    expected = "linear_logprobs(hidden, weight, token_ids, temperature=1.0, chunk=1024, bias=None)"
     assert signatures(module) == expected
     assert public(module) == ["linear_logprobs"]
 
@@ -84,20 +96,21 @@ def test_docstring_is_complete_and_short():
 # ---- equal to the plain formula ------------------------------------------------------------------
 
 
-def plain(hidden, weight, ids, temperature):
+def plain(hidden, weight, ids, temperature, bias):
     """What linear_logprobs computes, with all logits in memory."""
-    logits = hidden @ weight.t()
+    logits = hidden @ weight.t() + (0 if bias is None else bias)
     return tricks.token_logprobs(logits, ids, temperature), tricks.entropy(logits, temperature)
 
 
 @st.composite
 def cases(draw):
-    """(hidden [T, D], weight [V, D], token_ids [T])"""
+    """(hidden [T, D], weight [V, D], token_ids [T]), and a bias [V] or None"""
     t, v, d = draw(st.integers(0, 9)), draw(st.integers(2, 7)), draw(st.integers(1, 4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     hidden = torch.randn(t, d, dtype=torch.float64, generator=generator)
     weight = torch.randn(v, d, dtype=torch.float64, generator=generator)
-    return hidden, weight, torch.randint(0, v, (t,), generator=generator)
+    bias = torch.randn(v, dtype=torch.float64, generator=generator) if draw(st.booleans()) else None
+    return (hidden, weight, torch.randint(0, v, (t,), generator=generator)), bias
 
 
 temperatures, chunks = st.floats(0.3, 3), st.integers(1, 11)
@@ -105,8 +118,10 @@ temperatures, chunks = st.floats(0.3, 3), st.integers(1, 11)
 
 @given(cases(), temperatures, chunks)
 def test_values_equal_the_plain_formula(case, temperature, chunk):
-    expected = plain(*case, temperature)
-    for a, b in zip(linear_logprobs(*case, temperature, chunk), expected, strict=True):
+    inputs, bias = case
+    expected = plain(*inputs, temperature, bias)
+    found = linear_logprobs(*inputs, temperature, chunk, bias)
+    for a, b in zip(found, expected, strict=True):
         close(a, b, 1e-9)
 
 
@@ -124,20 +139,23 @@ def objective(output, kind, mix):
 @pytest.mark.parametrize("kind", ["log-probs", "entropy", "both"])
 @given(cases(), temperatures, chunks, values)
 def test_gradients_equal_the_plain_formula(kind, case, temperature, chunk, mix):
-    hidden, weight, ids = case
+    (hidden, weight, ids), bias = case
+    bias = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias
 
-    def chunked(h, w):
-        return objective(linear_logprobs(h, w, ids, temperature, chunk), kind, mix)
+    def chunked(h, w, b):
+        return objective(linear_logprobs(h, w, ids, temperature, chunk, b), kind, mix)
 
-    by_hidden, by_weight = grad(
-        lambda h, w: objective(plain(h, w, ids, temperature), kind, mix), hidden, weight
-    )
-    both = grad(chunked, hidden, weight)
-    close(both[0], by_hidden, 1e-9)
-    close(both[1], by_weight, 1e-9)
-    # only one of the two needs a gradient
-    close(grad(lambda h: chunked(h, weight), hidden)[0], by_hidden, 1e-9)
-    close(grad(lambda w: chunked(hidden, w), weight)[0], by_weight, 1e-9)
+    def expected(h, w, b):
+        return objective(plain(h, w, ids, temperature, b), kind, mix)
+
+    inputs = (hidden, weight, bias)
+    gradients = grad(expected, *inputs)
+    for a, b in zip(grad(chunked, *inputs), gradients, strict=True):
+        close(a, b, 1e-9)
+    # only one of them needs a gradient
+    for i, gradient in enumerate(gradients):
+        alone = grad(lambda x: chunked(*inputs[:i], x, *inputs[i + 1 :]), inputs[i])
+        close(alone[0], gradient, 1e-9)
 
 
 def example(tokens=20, vocab=9, dim=3, dtype=torch.float64, scale=1.0):
@@ -152,8 +170,10 @@ def example(tokens=20, vocab=9, dim=3, dtype=torch.float64, scale=1.0):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_numerical_gradients(temperature):
     hidden, weight, ids = example(tokens=7)
+    bias = torch.randn(9, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda h, w: linear_logprobs(h, w, ids, temperature, chunk=3), (hidden, weight)
+        lambda h, w, b: linear_logprobs(h, w, ids, temperature, chunk=3, bias=b),
+        (hidden, weight, bias),
     )
 
 
@@ -190,6 +210,32 @@ def test_huge_logits_do_not_overflow():
     assert weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("top,tail", [(30, 1e-6), (1000, 1e-4), (-1000, 1e-4)])
+@pytest.mark.parametrize("others", [1, 7, 5000])
+def test_gradient_of_a_nearly_certain_token_is_as_accurate_as_the_plain_one(
+    top, tail, others, entropy
+):
+    """It is 1 - p, and that is far smaller than the rounding of the top logit."""
+    logits = torch.full((1, 1 + others), top + math.log(tail / others))
+    logits[0, 0] = top
+    ids = torch.tensor([0])
+
+    def chunked(x):  # the logits are the weight
+        found = linear_logprobs(torch.ones(1, 1, dtype=x.dtype), x.t(), ids)
+        return found[0] + found[1] if entropy else found[0]
+
+    def naive(x):
+        logp = x.log_softmax(-1)
+        return logp[:, 0] - (logp.exp() * logp).sum(-1) if entropy else logp[:, 0]
+
+    exact = grad(naive, logits.double())[0]
+    error, naive_error = ((grad(f, logits)[0] - exact).abs().max() for f in (chunked, naive))
+    assert error <= 2.4e-7 + naive_error  # two units in the last place of 1
+    if others == 1:  # else the terms of the sum are rounded as well, in either form
+        assert error < 0.15 * exact.abs().max()
+
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
@@ -208,11 +254,11 @@ def test_half_precision_is_rounded_once(dtypes, autocast, device):
         return logprobs + 2 * entropy
 
     value_tol, grad_tol = (1e-9, 1e-9) if device == "cpu" else (1e-5, 3e-2)
+    exact = total(hidden.float(), weight.float())
+    exact_gradients = grad(total, hidden.float(), weight.float())
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
-        exact = total(hidden.float(), weight.float())
         close(total(hidden, weight).cpu(), exact.cpu(), value_tol)
         gradients = grad(total, hidden, weight)
-        exact_gradients = grad(total, hidden.float(), weight.float())
     for a, b, dtype in zip(gradients, exact_gradients, dtypes):
         assert a.dtype == dtype
         close(a.cpu(), b.to(dtype).cpu(), grad_tol)
@@ -224,9 +270,21 @@ def test_half_precision_gives_float32_results(dtype):
     check_precision(linear_logprobs, (hidden.detach(), weight.detach(), ids), dtype)
 
 
+def test_half_precision_bias_gets_its_gradient_in_half_precision():
+    hidden, weight, ids = (x.detach() for x in example(dtype=torch.bfloat16))
+    bias = torch.randn(9).bfloat16()
+    gradient, exact = (
+        grad(lambda b: linear_logprobs(hidden, weight, ids, chunk=3, bias=b)[0], x)[0]
+        for x in (bias, bias.float())
+    )
+    assert gradient.dtype == torch.bfloat16
+    close(gradient, exact.bfloat16(), 1e-9)
+
+
 def test_arguments_are_not_written_to():
     hidden, weight, ids = example()
-    check_purity(linear_logprobs, (hidden.detach(), weight.detach(), ids))
+    bias = torch.ones(9, dtype=torch.float64)
+    check_purity(linear_logprobs, (hidden.detach(), weight.detach(), ids, 0.9, 7, bias))
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -270,9 +328,10 @@ class Allocations(TorchDispatchMode):
 def test_one_chunk_of_logits_exists_at_a_time(chunk, dtype):
     tokens, vocab = 64, 512
     hidden, weight, ids = example(tokens, vocab, dim=1, dtype=dtype)
+    bias = torch.zeros(vocab, dtype=dtype, requires_grad=True)
     block = math.ceil(chunk / 8)
     with Allocations(large=block * vocab + 1) as memory:
-        logprobs, entropy = linear_logprobs(hidden, weight, ids, 0.9, chunk)
+        logprobs, entropy = linear_logprobs(hidden, weight, ids, 0.9, chunk, bias)
         (logprobs.sum() + entropy.sum()).backward()
     assert memory.largest == chunk * vocab < tokens * vocab
     if chunk > 1:  # all other tensors have at most an eighth of a chunk
@@ -313,6 +372,8 @@ ERRORS = [
     ((b2, b2, i2, -1), "temperature.*-1"),
     ((b2, b2, i2, NAN), "temperature.*nan"),
     ((b2, b2, i2, 1.0, 0), "chunk.*0"),
+    ((b2, b2, i2, 1.0, 1, x3), "bias.*(3,).*(2, 2)"),
+    ((b2, b2, i2, 1.0, 1, b2), "bias.*(2, 2)"),
 ]
 
 
@@ -329,12 +390,32 @@ linear_logprobs: temperature forgotten in backward
 + g = grad_logprobs[part].unsqueeze(-1)
 
 linear_logprobs: entropy missing from its gradient
-- (rows + entropy[part].unsqueeze(-1))
+- (rows + shift)
 + rows.clone()
+
+linear_logprobs: entropy gradient from logits less the peak, instead of log p
+- shift = entropy[part].unsqueeze(-1) - total.log()
++ shift = entropy[part].unsqueeze(-1)
 
 linear_logprobs: weight gradient of the last chunk only
 - addmm_(grad.t(), inputs)
 + copy_(grad.t() @ inputs)
+
+linear_logprobs: bias added after the division by the temperature
+- logits.add_(bias)
++ logits.add_(bias * temperature)
+
+linear_logprobs: bias missing in backward
+- grad = scaled_logits(inputs, weight, bias)
++ grad = scaled_logits(inputs, weight, None)
+
+linear_logprobs: bias gradient of the last chunk only
+- grad_bias.add_(grad.sum(dim=0))
++ grad_bias.copy_(grad.sum(dim=0))
+
+linear_logprobs: one peak for all rows of a block
+- rows.amax(dim=-1, keepdim=True)
++ rows.amax().expand(len(rows), 1)
 
 linear_logprobs: token of another chunk
 - start + i * block
