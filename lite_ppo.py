@@ -33,12 +33,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # for shared CPUs: see docs/ope
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch.distributed import fsdp
+from torch.distributed.tensor import DTensor
 
 import tricks
-from support import launch, models, samplers
+from support import launch, models, packed, samplers
 from support.actor import Actor
 from support.clock import clock
 from support.data import Problem, load_sets
@@ -131,7 +131,7 @@ class System:
     cpu_offload: bool = False  # parameters, gradients and optimizer state live in host memory
     max_num_seqs: int = 256  # sequences that the sampler decodes at once, per rank
     gpu_memory_utilization: float = 0.6  # share of the GPU that vLLM takes while it samples
-    max_logprob_gap: float = 0.0  # largest mean gap, nats; 0: 1e-3 in float32, 0.1 in bfloat16
+    max_logprob_gap: float = 0.0  # largest mean gap, nats; 0: 1e-3 in float32, 0.03 in bfloat16
     timeout_minutes: float = 30.0  # the run ends when a rank makes no progress for so long
 
 
@@ -237,11 +237,11 @@ def response_logprobs(model, batch: MicroBatch, temperature: float):
         input_ids=batch.token_ids[None],
         position_ids=batch.position_ids[None],
         use_cache=False,
-        micro_batch=batch,  # for models.packed_attention
+        micro_batch=batch,  # for packed.packed_attention
     ).last_hidden_state[0, batch.predict]
-    head = model.get_output_embeddings().weight
+    head = model.get_output_embeddings()
     chunk = max(64, 2**26 // model.config.vocab_size)  # 256 MiB of float32 logits at a time
-    return linear_logprobs(hidden, head, batch.targets, temperature, chunk)
+    return linear_logprobs(hidden, head.weight, batch.targets, temperature, chunk, head.bias)
 
 
 def shard_model(model, cfg: Config, device: torch.device, trainable: bool) -> None:
@@ -261,7 +261,7 @@ def shard_model(model, cfg: Config, device: torch.device, trainable: bool) -> No
     )
     if cfg.activation_checkpointing and trainable:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for block in model.base_model.layers:
+    for block in packed.blocks(model):
         fsdp.fully_shard(block, **options)
     fsdp.fully_shard(model, **options)
     model.response_logprobs = functools.partial(response_logprobs, model)
@@ -275,22 +275,20 @@ def build_policy(cfg: Config, path: str, device: torch.device, trainable: bool =
     home = torch.device("cpu") if cfg.cpu_offload else device
     shard = functools.partial(shard_model, cfg=cfg, device=device, trainable=trainable)
     model = models.build_model(path, torch.float32, "packed", home, shard)
-    for module in model.modules():  # buffers are never offloaded
-        module._buffers.update({name: b.to(device) for name, b in module._buffers.items()})
-    state = model.state_dict()
-    if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight")
-    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(path))  # each rank reads its shards
+    models.place_buffers(model, compute_dtype(cfg.dtype), device)
+    models.load_weights(model, path)
     return model.train(trainable).requires_grad_(trainable)
 
 
 def full_weights(model, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and full tensor of every parameter. Each rank must read all: gathering is collective.
 
-    It includes a tied lm_head.weight: vLLM's CPU backend keeps its own copy.
+    It includes a tied lm_head.weight: vLLM's CPU backend keeps its own copy. Buffers of the state
+    dict are included; they are whole on every rank.
     """
-    for name, parameter in model.state_dict().items():
-        yield name, parameter.detach().to(dtype).full_tensor()
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @clock("sync")

@@ -35,7 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import lite_ppo
 from support.logprobs import linear_logprobs
-from support.models import packed_attention
+from support.packed import packed_attention
 from support.util import compute_device, compute_dtype
 
 

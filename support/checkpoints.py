@@ -26,6 +26,7 @@ from support.errors import RunError, UserError
 from support.guard import out_of_memory, rank_has_ended
 from support.host import free_memory
 from support.models import count_parameters, model_dtype
+from support.packed import stored_state
 from support.util import env, gather
 
 KEPT = 2  # checkpoints; older ones are deleted
@@ -362,9 +363,8 @@ def cause(error: BaseException) -> str:
 def flat_state(policy, optimizer) -> tuple[dict[str, torch.Tensor], Any, Any]:
     """This rank's tensors as one flat dict (shared, not copied), then the two state dicts."""
     model, optim = get_state_dict(policy, optimizer)
-    flat = {f"model.{name}": tensor for name, tensor in model.items()}
-    if policy.config.tie_word_embeddings:  # safetensors takes a shared tensor only once
-        del flat["model.lm_head.weight"]
+    stored = stored_state(policy).keys()  # safetensors takes a shared tensor only once
+    flat = {f"model.{name}": tensor for name, tensor in model.items() if name in stored}
     for name, state in optim["state"].items():
         flat |= {f"optimizer.{name}.{key}": tensor for key, tensor in state.items()}
     return flat, model, optim

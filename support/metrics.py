@@ -190,7 +190,9 @@ def check_gap(batches: list, cfg) -> dict[str, float]:
     mean_gap = float(total[0] / total[1].clamp(min=1))
     bound = cfg.max_logprob_gap
     if not bound:
-        bound = 1e-3 if compute_dtype(cfg.dtype) == torch.float32 else 0.1
+        # bfloat16: four times the largest mean gap of a sound run (docs/measurements.md, 0.0076).
+        # An output bias that the trainer ignored gave 0.086.
+        bound = 1e-3 if compute_dtype(cfg.dtype) == torch.float32 else 0.03
     comparable = cfg.top_p == 1 and cfg.top_k == 0  # else the sampler renormalises
     if comparable and not mean_gap <= bound:  # also true for NaN
         raise RunError(

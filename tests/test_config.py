@@ -157,15 +157,17 @@ MISTAKES = {  # a flag and its value: words that the message must contain
     "--model ROOT/lost": "--model ROOT/lost: 1 of its 24 tensors "
     "model.layers.1.mlp.up_proj.weight missing instead of",
     "--model ROOT/wide": "--model ROOT/wide (96, 64) instead of (128, 64)",
-    "--model ROOT/quantized": "--model ROOT/quantized quantization_config not supported",
+    "--model ROOT/quantized": "--model ROOT/quantized quantization_config unquantized",
     "--model ROOT/garbled": "--model ROOT/garbled: does not load",
     "--model ROOT/crowd": "--model ROOT/crowd: its tokenizer has the token '<new>' with id 21, "
     "the embedding has 21 rows",
     "--model ROOT/ended": "--model ROOT/ended: its end-of-sequence id 40 21 rows 0 to 20;",
     "--model ROOT/dumb": "--model ROOT/dumb tokenizer.json missing?",
     "--model ROOT/unspoken": "--model ROOT/unspoken: does not load",
-    "--model ROOT/gpt": "--model ROOT/gpt GPT2LMHeadModel has no list of layers",
-    "--model ROOT/window": "--model ROOT/window sliding_window not supported",
+    "--model ROOT/gpt": "--model ROOT/gpt GPT2LMHeadModel not supported no list of layers",
+    "--model ROOT/capped": "--model ROOT/capped Gemma2ForCausalLM not supported soft-capping nats",
+    "--model ROOT/experts": "--model ROOT/experts MixtralForCausalLM mixture of experts Qwen3",
+    "--model ROOT/renamed": "--model ROOT/renamed Qwen3ForCausalLM decoder.model. save_pretrained",
     "--max-new-tokens 60": "--model ROOT/tied 64 --max-new-tokens 76",
     # rewards and the output directory
     "--reward accuracy": "--reward accuracy FILE.py:FUNCTION",

@@ -23,13 +23,12 @@ import torch.distributed as dist
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
-    MistralConfig,
-    MistralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -205,17 +204,30 @@ def with_gpt2(folder: Path) -> None:
     GPT2LMHeadModel(shape).save_pretrained(folder)
 
 
-def with_sliding_window(folder: Path) -> None:
-    shape = MistralConfig(
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
+def with_class(folder: Path, name: str, **changes) -> None:
+    """Another class of transformers, with random weights. name: model_type."""
+    shape = dict(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
         num_key_value_heads=1,
-        intermediate_size=8,
+        head_dim=8,
+        intermediate_size=16,
         vocab_size=VOCABULARY,
-        sliding_window=16,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=1,
     )
-    MistralForCausalLM(shape).save_pretrained(folder)
+    config = CONFIG_MAPPING[name](**shape | changes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def with_other_names(folder: Path) -> None:
+    """The names of the tensors that a converter might write."""
+    path = folder / "model.safetensors"
+    tensors = {f"decoder.{name}": tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
 
 
 SPOILT = {  # folder: what is changed in a copy of the tied model
@@ -233,7 +245,9 @@ SPOILT = {  # folder: what is changed in a copy of the tied model
     "garbled": with_empty_tokenizer,
     "unspoken": with_broken_generation_config,
     "gpt": with_gpt2,
-    "window": with_sliding_window,
+    "capped": functools.partial(with_class, name="gemma2"),
+    "experts": functools.partial(with_class, name="mixtral", num_local_experts=4),
+    "renamed": with_other_names,
 }
 
 

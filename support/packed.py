@@ -1,0 +1,158 @@
+"""Models of transformers that read packed rows: sequences laid end to end, without padding.
+
+build() makes such a model, packed_attention() keeps its sequences apart. transformers is imported
+inside functions, because the import takes seconds.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+# ---- build ---------------------------------------------------------------------------------------
+
+
+def build(
+    config,
+    dtype: torch.dtype,
+    attention: str,
+    device: torch.device,
+    prepare: Callable[[Any], None] | None = None,
+):
+    """A model without dropout, with allocated but unset weights. The caller must load them.
+
+    attention: the name of a registered attention function; "packed" is packed_attention.
+    prepare: called on the model while it is on the meta device, to shard it before it takes memory.
+    """
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register("packed", packed_attention)
+    config = without_dropout(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    if prepare:
+        prepare(model)
+    model.to_empty(device=device)
+    model.tie_weights()
+    for module in model.modules():
+        for buffer in module.buffers(recurse=False):
+            if buffer.is_floating_point():
+                buffer.fill_(torch.nan)  # one that nothing sets must not go unnoticed
+        if module._non_persistent_buffers_set:
+            model._init_weights(module)  # rotary frequencies: no checkpoint holds them
+    return model
+
+
+def without_dropout(config):
+    """A copy of a config whose dropout probabilities are 0.
+
+    The log-prob of a token must not be random: rho compares two forward passes.
+    """
+    config = copy.deepcopy(config)
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def blocks(model) -> list[torch.nn.Module]:
+    """The layers that sharding gathers one by one; empty if the model has no list of them."""
+    return list(getattr(model.base_model, "layers", []))
+
+
+def stored_state(model) -> dict[str, torch.Tensor]:
+    """state_dict() without the second names of tied tensors: model files hold them once."""
+    state = model.state_dict()
+    for name in model.all_tied_weights_keys:
+        state.pop(name, None)
+    return state
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+# What transformers passes besides and what changes nothing here: there is no dropout, and rotary
+# embeddings are applied before.
+WITHOUT_EFFECT = {"dropout", "position_ids", "use_cache", "output_attentions", "cache_position"}
+
+
+def packed_attention(
+    module, query, key, value, attention_mask, scaling=None, micro_batch=None, **kwargs
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each sequence of a packed row, as transformers calls it.
+
+    query [1, H, T, D], key and value [1, H_kv, T, D] -> [1, T, H, D]. H_kv may be smaller than H
+    (grouped heads). micro_batch.lengths: sequence lengths, with sum T. micro_batch.cu_seqlens:
+    their cumulative sums from 0, int32, on the device. sliding_window: the number of tokens that a
+    token sees, itself included; None: all before it.
+
+    GPU: one variable-length kernel. CPU: one call per sequence, which is faster than padding
+    (benchmarks/packing.py). NotImplementedError for anything else that would change the result.
+    """
+    if micro_batch is None:
+        raise NotImplementedError("its layers do not pass the lengths of the sequences on")
+    window = kwargs.pop("sliding_window", None)
+    refuse_unknown(module, kwargs, query.shape[-1], value.shape[-1])
+    if query.is_cuda:
+        return packed_attention_on_gpu(query, key, value, micro_batch, scaling, window), None
+    sequences = zip(
+        query.split(micro_batch.lengths, 2),
+        key.split(micro_batch.lengths, 2),
+        value.split(micro_batch.lengths, 2),
+    )
+    outputs = [causal_attention(q, k, v, scaling, window) for q, k, v in sequences]
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+def refuse_unknown(module, kwargs: dict[str, Any], width: int, value_width: int) -> None:
+    """NotImplementedError if the call needs more than causal attention with a sliding window."""
+    if not (kwargs.pop("is_causal", True) and getattr(module, "is_causal", True)):
+        raise NotImplementedError("its attention is not causal")
+    for name in kwargs.keys() - WITHOUT_EFFECT:
+        if kwargs[name] is not None:
+            raise NotImplementedError(f"its attention needs {name}")
+    if width != value_width:
+        raise NotImplementedError("its values have another width than its keys")
+
+
+def causal_attention(query, key, value, scaling, window: int | None) -> torch.Tensor:
+    """Attention within one sequence, [1, H, T, D]. With a window, the scores are never T x T."""
+    options = dict(scale=scaling, enable_gqa=True)
+    length = query.shape[2]
+    if window is None or length <= window:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+    outputs = []
+    for start in range(0, length, window):
+        end = min(start + window, length)
+        first = max(0, start - window + 1)  # the oldest token that the first query sees
+        positions = torch.arange(first, end, device=query.device)
+        distance = positions[start - first :, None] - positions
+        mask = (distance >= 0) & (distance < window)
+        keys = key[:, :, first:end]
+        values = value[:, :, first:end]
+        queries = query[:, :, start:end]
+        outputs.append(F.scaled_dot_product_attention(queries, keys, values, mask, **options))
+    return torch.cat(outputs, 2)
+
+
+def packed_attention_on_gpu(query, key, value, micro_batch, scaling, window) -> torch.Tensor:
+    """packed_attention by the variable-length kernel of torch; the shapes are the same."""
+    from torch.nn.attention.varlen import varlen_attn  # the import takes seconds
+
+    query = query[0].transpose(0, 1)  # [T, H, D]
+    key = key[0].transpose(0, 1)  # [T, H_kv, D]
+    value = value[0].transpose(0, 1)
+    # (tokens before, tokens after) that a token sees besides itself; -1: all
+    options = dict(scale=scaling, window_size=(-1 if window is None else window - 1, 0))
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    else:  # torch 2.11 has no grouped heads here
+        repeats = query.shape[1] // key.shape[1]
+        key = key.repeat_interleave(repeats, 1)
+        value = value.repeat_interleave(repeats, 1)
+    cu_seqlens = micro_batch.cu_seqlens
+    longest = max(micro_batch.lengths)
+    out = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)
+    return out[None]
