@@ -107,7 +107,8 @@ def train_flops(config, length: int, predicted: int) -> float:
     layers = config.num_hidden_layers
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or hidden // heads
-    attention = 2 * hidden * head_dim * (heads + config.num_key_value_heads)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    attention = 2 * hidden * head_dim * (heads + kv_heads)
     block = attention + 3 * hidden * config.intermediate_size
     products = 6 * (layers * block * length + config.vocab_size * hidden * predicted)
     return products + 6 * layers * heads * head_dim * length**2

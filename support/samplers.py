@@ -44,7 +44,8 @@ def cache_bytes(config, dtype: torch.dtype) -> int:
     head_dim = getattr(config, "head_dim", None)
     if not head_dim:
         head_dim = config.hidden_size // config.num_attention_heads
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    numbers = 2 * config.num_hidden_layers * heads * head_dim
     return numbers * dtype.itemsize
 
 

@@ -175,8 +175,8 @@ def find_problem(config, max_tokens: int) -> str:
     problem = compare(Config(config, text), SHORT)
     if problem and not compare(Config(config, text), LONG):
         return (
-            f"beyond {original} tokens its rotary frequencies depend on the longest sequence, so "
-            f"packing changes its log-probs ({problem}), and --max-prompt-tokens plus "
+            f"its rotary frequencies depend on whether the longest sequence of a batch exceeds "
+            f"{original} tokens, and {problem.split(':')[0]}. --max-prompt-tokens plus "
             f"--max-new-tokens is {max_tokens}; lower them to {original} together"
         )
     return problem
@@ -259,8 +259,8 @@ def build_plain(config):
                 parameter.add_(0.3 * noise)
             else:
                 parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
-        # Large logits: soft-capping must show.
-        plain.get_output_embeddings().weight.mul_(6)
+        # Larger logits: soft-capping must show.
+        plain.get_output_embeddings().weight.mul_(2)
     return plain.eval()
 
 

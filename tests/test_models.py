@@ -1,0 +1,286 @@
+"""Architectures: each class is either right or refused by name, before its weights are read."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING, AutoConfig
+
+from support import metrics, models, packed, selfcheck
+from support.errors import RunError
+from support.packed import packed_attention
+from tests.test_benchmarks import BENCHMARKS
+from tests.world import CPU, config
+
+sys.path.insert(0, str(BENCHMARKS))
+
+import architectures  # noqa: E402
+from architectures import DROPOUT, PHI4, WINDOW  # noqa: E402
+
+
+def find_problem(name: str, tokens: int = 20, **changes) -> str:
+    return selfcheck.find_problem(CONFIG_MAPPING[name](**changes), tokens)
+
+
+# ---- accepted: as right as transformers' own class -----------------------------------------------
+
+ACCEPTED = {  # model type: settings of its config
+    "phi": {},  # the output layer has a bias
+    "starcoder2": DROPOUT | dict(embedding_dropout=0.5, sliding_window=4096),
+    "seed_oss": DROPOUT,
+    "mistral": dict(sliding_window=4096),
+    "qwen2": WINDOW,  # only the upper layers have a window
+    "olmo3": {},  # two kinds of layers
+    "phi3": PHI4,  # longrope, within the original length
+    "llama": dict(attention_bias=True, mlp_bias=True),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_sharded_policy_has_the_log_probs_of_transformers(name, tmp_path):
+    shape = CONFIG_MAPPING[name](**ACCEPTED[name])
+    assert selfcheck.find_problem(shape, 4096) == ""
+    folder = architectures.make_folder(shape, tmp_path)
+    assert architectures.compare(folder) < 1e-4
+
+
+def test_buffers_of_the_state_dict_are_synced_saved_and_resumed(tmp_path):
+    """Apertus: its activation function has buffers that belong to the model file."""
+    folder = architectures.make_folder(CONFIG_MAPPING["apertus"](), tmp_path / "model")
+    output = tmp_path / "run"
+    assert architectures.train(folder, output) < 1e-4
+    assert architectures.train(folder, output, steps=3) < 1e-4
+    before = load_file(f"{folder}/model.safetensors")
+    after = load_file(output / "final/model.safetensors")
+    assert before.keys() == after.keys()
+    buffer = "model.layers.0.mlp.act_fn.beta"
+    assert torch.equal(before[buffer], after[buffer])
+    assert architectures.compare(str(output / "final")) < 1e-4
+
+
+def test_stored_buffers_get_the_dtype_of_the_computation():
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("scale", torch.ones(2))
+    model.register_buffer("count", torch.tensor(3))
+    model.register_buffer("frequencies", torch.ones(2), persistent=False)
+    models.place_buffers(model, torch.bfloat16, CPU)
+    assert model.scale.dtype == torch.bfloat16
+    assert model.count.dtype == torch.int64
+    assert model.frequencies.dtype == torch.float32
+
+
+def test_final_model_keeps_the_dropout_of_its_config(tmp_path):
+    folder = architectures.make_folder(CONFIG_MAPPING["starcoder2"](**DROPOUT), tmp_path / "model")
+    model = models.build_model(folder, torch.float32, "packed", CPU)
+    assert model.config.attention_dropout == model.config.residual_dropout == 0
+    state = load_file(f"{folder}/model.safetensors")
+    models.write_model(state, folder, tmp_path / "final")
+    assert AutoConfig.from_pretrained(tmp_path / "final").attention_dropout == 0.1
+
+
+# ---- refused by name -----------------------------------------------------------------------------
+
+REFUSED = {  # model type: words of the reason
+    "gemma2": "soft-capping",
+    "cohere": "a scale",
+    "gpt2": "no list of layers",
+    "falcon": "attention cannot be replaced",
+    "stablelm": "do not pass the lengths",
+    "granite_swa": "needs s_aux",  # attention sinks
+    "qwen3_5_text": "do not keep the sequences apart",  # linear attention
+    "mamba": "no tiny copy",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_class_that_would_be_wrong_is_refused(name):
+    assert REFUSED[name] in find_problem(name)
+
+
+def test_scale_of_the_logits_is_found():
+    assert find_problem("granite") == ""
+    assert "a scale" in find_problem("granite", logits_scaling=8.0)
+
+
+def test_convolutions_are_found():
+    kinds = ["full_attention", "conv"] * 16
+    assert "apart" in find_problem("lfm2", layer_types=kinds)
+
+
+def test_longrope_beyond_the_original_length_is_refused_with_the_limit():
+    assert find_problem("phi3", 4096, **PHI4) == ""
+    problem = find_problem("phi3", 4097, **PHI4)
+    assert "--max-new-tokens is 4097; lower them to 4096" in problem
+
+
+def test_model_of_several_parts_is_refused(root):
+    shape = CONFIG_MAPPING["gemma3"]()
+    with torch.device("meta"):
+        model = torch.nn.Linear(1, 1)
+    problem = next(models.find_architecture_problems(model, shape, 20))
+    assert "several parts" in problem
+
+
+# ---- the check finds faults of the trainer -------------------------------------------------------
+
+
+def with_dropout(shape):
+    return shape
+
+
+def without_window(*args, **kwargs):
+    kwargs.pop("sliding_window")
+    return packed_attention(*args, **kwargs)
+
+
+def without_bias(hidden, weight, token_ids, bias):
+    return selfcheck_logprobs(hidden, weight, token_ids)
+
+
+selfcheck_logprobs = selfcheck.linear_logprobs
+
+FAULTS = {  # the module and the function that is replaced, by what; a class that it breaks
+    "dropout": (packed, "without_dropout", with_dropout, "seed_oss", DROPOUT),
+    "window": (packed, "packed_attention", without_window, "mistral", {}),
+    "bias": (selfcheck, "linear_logprobs", without_bias, "phi", {}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_of_the_trainer_is_found(fault, monkeypatch):
+    module, function, wrong, name, changes = FAULTS[fault]
+    assert find_problem(name, **changes) == ""
+    monkeypatch.setattr(module, function, wrong)
+    selfcheck.compare.cache_clear()
+    try:
+        assert "nats" in find_problem(name, **changes)
+    finally:
+        selfcheck.compare.cache_clear()
+
+
+def test_check_leaves_the_random_numbers_alone():
+    selfcheck.compare.cache_clear()
+    before = torch.get_rng_state()
+    assert find_problem("qwen3") == ""
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- the tiny copy -------------------------------------------------------------------------------
+
+
+def test_tiny_copy_keeps_each_kind_of_layer_and_the_ratios():
+    shape = CONFIG_MAPPING["olmo3"](num_attention_heads=32, num_key_value_heads=8)
+    tiny = selfcheck.shrink(shape, selfcheck.LONG)
+    assert tiny.layer_types == ["sliding_attention", "full_attention"]
+    assert tiny.num_hidden_layers == 2
+    assert (tiny.num_attention_heads, tiny.num_key_value_heads) == (4, 2)
+    assert tiny.sliding_window == 8
+    assert tiny.vocab_size == 48
+    assert tiny.eos_token_id < 48
+    assert shape.num_hidden_layers == 32  # the original is as before
+
+
+def test_tiny_copy_scales_rotary_settings():
+    tiny = selfcheck.shrink(CONFIG_MAPPING["phi3"](**PHI4), selfcheck.SHORT)
+    settings = tiny.rope_parameters
+    assert settings["original_max_position_embeddings"] == selfcheck.SHORT
+    # a number for each pair of channels: of 16 per head, 12 rotate
+    assert settings["long_factor"] == [1, 9, 17, 25, 33, 41]
+    assert tiny.max_position_embeddings == 32 * selfcheck.SHORT
+
+
+def test_tiny_copy_has_a_whole_period_of_layers():
+    """smollm3: every fourth layer has no positions."""
+    tiny = selfcheck.shrink(CONFIG_MAPPING["smollm3"](), selfcheck.LONG)
+    assert sorted(tiny.no_rope_layers) == [0, 1]
+
+
+# ---- packed attention ----------------------------------------------------------------------------
+
+
+def attend(lengths: list[int], **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    """packed_attention, and the same by its formula with one large mask."""
+    tokens = sum(lengths)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, tokens, 8, dtype=torch.float64, generator=generator)
+        for heads in (4, 2, 2)
+    )
+    batch = SimpleNamespace(lengths=lengths)
+    found, _ = packed_attention(None, query, key, value, None, 0.4, batch, **kwargs)
+    position = torch.arange(tokens)
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    distance = position[:, None] - position
+    window = kwargs.get("sliding_window") or tokens
+    seen = (owner[:, None] == owner) & (distance >= 0) & (distance < window)
+    scores = query @ key.repeat_interleave(2, 1).mT * 0.4
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return found, (weights @ value.repeat_interleave(2, 1)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 4, 7, 8, 100])
+def test_packed_attention_sees_its_sequence_and_its_window_only(window):
+    found, expected = attend([1, 8, 3, 7], sliding_window=window)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [dict(softcap=50.0), dict(s_aux=torch.ones(4)), dict(unheard_of=1)]
+)
+def test_unknown_argument_of_the_attention_is_refused(kwargs):
+    with pytest.raises(NotImplementedError, match=next(iter(kwargs))):
+        attend([3, 2], **kwargs)
+    attend([3, 2], **dict.fromkeys(kwargs))  # None has no effect
+
+
+def test_attention_that_is_not_causal_is_refused():
+    with pytest.raises(NotImplementedError, match="causal"):
+        attend([3, 2], is_causal=False)
+
+
+# ---- the bound of the gap ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype,fine,broken", [("bfloat16", 0.029, 0.031), ("float32", 9e-4, 2e-3)])
+def test_gap_between_sampler_and_trainer_has_a_bound(dtype, fine, broken, root):
+    cfg = config(root, dtype=dtype)
+
+    def check(gap: float) -> float:
+        batch = SimpleNamespace(
+            rollout_logprobs=torch.zeros(8),
+            old_logprobs=torch.full((8,), -gap),
+            response_index=torch.zeros(8, dtype=torch.long),
+        )
+        return metrics.check_gap([batch], cfg)["rollout/logprob_gap_mean"]
+
+    assert check(fine) == pytest.approx(fine)
+    with pytest.raises(RunError, match="--max-logprob-gap"):
+        check(broken)
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def test_table_of_architectures(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "architectures.md"
+    command = f"architectures.py gpt2 gpt_neox olmo3 mixtral --output {page}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    architectures.main()
+    assert "PASS  largest difference, `Olmo3ForCausalLM`" in capsys.readouterr().out
+    text = page.read_text()
+    assert "| `Olmo3ForCausalLM` | yes | " in text
+    assert "| `GPT2LMHeadModel` | no | | it has no list of layers" in text
+    assert "| `GPTNeoXForCausalLM` | no | | its files name tensors otherwise" in text
+    assert "| `MixtralForCausalLM` | no | | a mixture of experts" in text
+    assert f"`python benchmarks/{command}`" in text
+
+
+def test_law_that_is_broken_ends_with_code_1(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["architectures.py", "gpt2"])
+    row = architectures.Row("`Wrong`", "", 2e-4)
+    monkeypatch.setattr(architectures, "try_all", lambda names: [row])
+    with pytest.raises(SystemExit) as end:
+        architectures.main()
+    assert end.value.code == 1
