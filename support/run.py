@@ -25,7 +25,7 @@ from support.data import Problem, problems_id
 from support.errors import RunError, Stopped, UserError
 from support.logs import Log, sample_text
 from support.metrics import NOT_FINITE, rollout_metrics, speed_metrics
-from support.models import count_parameters, save_model
+from support.models import architectures, count_parameters, save_model
 from support.prompts import CHECKED, Template, id_problem, template_warnings
 from support.response import Response
 from support.rewards import reward_id
@@ -53,7 +53,8 @@ class Run:
         self.skipped_in_a_row = 0
         self.bar = None
         self.saver = None
-        self.sampler, self.sampler_reason = samplers.choose_sampler(cfg.sampler)
+        classes = architectures(path)
+        self.sampler, self.sampler_reason = samplers.choose_sampler(cfg.sampler, classes)
         self.identity = {
             "training problems": problems_id(train_set),
             "sampler in use": self.sampler,

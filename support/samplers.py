@@ -11,7 +11,7 @@ transformers and vLLM are imported inside functions, because the imports take se
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -433,24 +433,24 @@ def register_models(architectures: list[str]) -> None:
 # ---- choice --------------------------------------------------------------------------------------
 
 
-def choose_sampler(wanted: str) -> tuple[str, str]:
+def choose_sampler(wanted: str, architectures: Sequence[str] = ()) -> tuple[str, str]:
     """The sampler for --sampler, and the reason, to be shown as "NAME (REASON)".
 
+    architectures: the class names of config.json.
     "auto" is vllm where it runs, else transformers. UserError if "vllm" does not run here.
     """
     if wanted == "transformers":
         return "transformers", "chosen by --sampler"
-    problem = vllm_problem()
+    problem = vllm_problem() or missing_in_vllm(architectures)
     if not problem:
         return "vllm", "installed, and it supports this machine"
     if wanted == "vllm":
         raise UserError(
-            f"--sampler vllm: {problem}; install vLLM for this machine or use "
-            "--sampler transformers"
+            f"--sampler vllm: {problem}; install a vLLM that fits, or use --sampler transformers"
         )
     advice = "fine on a CPU"
     if torch.cuda.is_available():
-        advice = "install vLLM for this machine to sample faster"
+        advice = "a vLLM that fits would sample faster"
     return "transformers", f"{problem}; {advice}"
 
 
@@ -474,6 +474,24 @@ def vllm_problem() -> str:
         return f"vLLM does not import: {error}"
     except Exception as error:  # a broken installation can raise an exception of any type
         return f"vLLM does not import: {type(error).__name__}: {error}"
+    return ""
+
+
+def missing_in_vllm(architectures: Sequence[str]) -> str:
+    """Why vLLM cannot sample from these classes, or "".
+
+    For a class that it does not implement, vLLM changes that of transformers in this process. The
+    trainer could then not use it any more.
+    """
+    if not architectures:
+        return ""
+    from vllm import ModelRegistry
+
+    for name in architectures:
+        entry = ModelRegistry.models.get(name)
+        module = getattr(entry, "module_name", "")
+        if entry is None or module == "vllm.model_executor.models.transformers":
+            return f"vLLM has no implementation of its own of {name}"
     return ""
 
 

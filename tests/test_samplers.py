@@ -6,6 +6,7 @@ The vLLM helper process runs the tests whose names begin with test_sampler: see 
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -310,6 +311,26 @@ def test_vllm_that_does_not_run_is_one_message(fake_vllm):
     message = f"--sampler vllm: .*{fake_vllm}.*--sampler transformers"
     with pytest.raises(UserError, match=message):
         samplers.choose_sampler("vllm")
+
+
+@pytest.fixture
+def own_classes(monkeypatch):
+    """A vLLM that implements one class, and takes another from transformers."""
+    own = SimpleNamespace(module_name="vllm.model_executor.models.qwen3")
+    borrowed = SimpleNamespace(module_name="vllm.model_executor.models.transformers")
+    registry = SimpleNamespace(models={"Own": own, "Borrowed": borrowed})
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
+    monkeypatch.setattr(samplers, "vllm_problem", lambda: "")
+
+
+def test_class_that_vllm_takes_from_transformers_is_not_sampled_by_it(own_classes):
+    assert samplers.choose_sampler("auto", ["Own"])[0] == "vllm"
+    for name in ("Borrowed", "Unknown"):
+        kind, reason = samplers.choose_sampler("auto", [name])
+        assert kind == "transformers"
+        assert f"no implementation of its own of {name}" in reason
+        with pytest.raises(UserError, match=f"{name}; .*--sampler transformers"):
+            samplers.choose_sampler("vllm", [name])
 
 
 def test_transformers_does_not_need_vllm(fake_vllm):
