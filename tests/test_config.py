@@ -365,8 +365,8 @@ def avoid_vllm(monkeypatch) -> None:
     """Choose transformers where the flags say auto: vLLM changes the process that it runs in."""
     choose = samplers.choose_sampler
 
-    def choose_without_vllm(wanted: str) -> tuple[str, str]:
-        return choose("transformers" if wanted == "auto" else wanted)
+    def choose_without_vllm(wanted: str, classes: list[str]) -> tuple[str, str]:
+        return choose("transformers" if wanted == "auto" else wanted, classes)
 
     monkeypatch.setattr(samplers, "choose_sampler", choose_without_vllm)
 
