@@ -113,7 +113,7 @@ def changed(gold: str) -> Iterator[tuple[str, str]]:
     for kind, pairs in EXCHANGES.items():
         for old, new in pairs:
             pattern = re.escape(old) + (r"(?![A-Za-z])" if old[-1].isalpha() else "")
-            for found in re.finditer(pattern, gold):
+            for found in re.finditer(r"(?<!\\)" + pattern if old == "!" else pattern, gold):
                 yield kind, put(gold, found.start(), new, len(old))
 
 
@@ -141,17 +141,15 @@ def reason(kind: str, gold: str, answer: str) -> str:
     """Why the changed answer is truly equal to the gold answer; "" if it is not."""
     if kind == "case" and as_word(tidy(gold))[1]:
         return "words count in any case"
-    if kind == "index" and re.fullmatch(r"\d[0-9A-F]*_\{?\d+\}?", gold) and "_" not in answer:
+    if kind == "index" and re.fullmatch(r"\d[0-9A-F]*_\{?\d+\}?\.?", gold) and "_" not in answer:
         return "a number base may be left out"
     if kind == "sign" and re.search(r"(=|\\neq?)\s*0$", gold):
         return "an equation with 0 holds times -1 too"
-    if kind == "sign" and re.fullmatch(r"-?0", gold):
+    if kind == "sign" and re.match(r"-?0(?![.\d])", gold):
         return "0 has no sign"
-    return TRULY_EQUAL.get((gold, answer), "")
-
-
-TRULY_EQUAL = {  # (gold answer, changed answer): why they are equal
-}
+    if kind == "operator" and re.sub(r"\^(?=1(?!\d))", "", gold) == answer:
+        return "an exponent of 1"
+    return ""
 
 
 # ---- command line --------------------------------------------------------------------------------

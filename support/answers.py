@@ -193,7 +193,7 @@ class AnswerComparison:
             if not (gold.lhs.is_Symbol or gold.lhs.is_Function):
                 return False
         sets = [solution_set(expression) for expression in (gold, answer)]
-        if None not in sets:
+        if None not in sets and not trivial(sets[0]):
             return gold.free_symbols == answer.free_symbols and sets[0] == sets[1]
         options = dict(timeout_seconds=None, allow_set_relation_comp=True)
         return self.verify([gold], [answer], **options)
@@ -285,28 +285,33 @@ def solution_set(expression):
         return None
 
 
+def trivial(numbers) -> bool:
+    """Whether a set holds all real numbers or none: many different inequalities have it."""
+    from sympy import EmptySet, Reals
+
+    return numbers in (EmptySet, Reals)
+
+
 def same_solutions(gold, answer, float_rounding, precision) -> bool:
     """Whether two equations, or two inequalities, have the same solutions.
 
-    With one variable they are solved. With more, both sides may differ by a constant factor only.
+    Equations in one variable are solved. Else both sides may differ by a constant factor only.
     """
     from math_verify.grader import sympy_expr_eq
     from sympy import Eq, FiniteSet, solve
 
     if gold.free_symbols != answer.free_symbols or not gold.free_symbols:
         return False
-    if len(gold.free_symbols) == 1:
-        solutions = [solve(relation, *gold.free_symbols) for relation in (gold, answer)]
-        if isinstance(gold, Eq) and isinstance(answer, Eq):
-            solutions = [FiniteSet(*found) for found in solutions]
-        return sympy_expr_eq(*solutions, float_rounding, precision)
+    kinds = {type(gold), type(answer)}
+    if len(gold.free_symbols) == 1 and kinds == {Eq}:
+        solutions = [FiniteSet(*solve(part, *gold.free_symbols)) for part in (gold, answer)]
+        return bool(solutions[0]) and sympy_expr_eq(*solutions, float_rounding, precision)
     ratio = (gold.lhs - gold.rhs) / (answer.lhs - answer.rhs)
     names = sorted(ratio.free_symbols, key=lambda symbol: symbol.name)
     points = [{s: coordinate(s.name, signs, i) for i, s in enumerate(names)} for signs in range(4)]
     factors = [value_at(stand_in(exact(ratio)), point) for point in points]
     if None in factors or not all(close(factor, factors[0], AGREE) for factor in factors):
         return False
-    kinds = {type(gold), type(answer)}
     if kinds == {Eq}:
         return True
     return factors[0].imag == 0 and (type(gold) is type(answer)) == (factors[0].real > 0)

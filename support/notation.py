@@ -419,7 +419,7 @@ def as_word(text: str) -> tuple[str, bool]:
     plain = " ".join(re.sub(r"\\?\s+", " ", plain).split()).rstrip(".").lower()
     if not re.fullmatch(r"[a-z][a-z '-]+", plain):
         return "", False
-    return plain, plain != text.lower() or plain in WORDS
+    return plain, bool(re.search(FONT, text)) or plain in WORDS
 
 
 # ---- marks that the parser loses -----------------------------------------------------------------
