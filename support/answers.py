@@ -26,11 +26,11 @@ from support.notation import (
     split_label,
     split_unit,
     tidy,
+    trim,
     without_thousands_commas,
 )
 
 NUMBER = re.compile(r"[+-]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})")
-PERCENT = re.compile(r"\s*\\?%$")
 BASE = re.compile(r"(\d[0-9A-F]*)_(?:\{(\d+)\}|(\d+))")
 CLOSED_AT_INFINITY = re.compile(r"\[-\\infty|\\infty\]")
 ROUNDED = 5e-6  # relative difference of a number and its first six digits
@@ -38,6 +38,8 @@ ROUNDED = 5e-6  # relative difference of a number and its first six digits
 
 def equal_answers(gold: str, answer: str) -> bool:
     """Whether the answer equals the gold answer. Either may be any text."""
+    if same_word(trim(gold), trim(answer)):
+        return True
     gold, answer = tidy(gold), tidy(answer)
     if not gold or not answer:
         return False
@@ -56,9 +58,12 @@ def equal_answers(gold: str, answer: str) -> bool:
 
 
 def same_text(gold: str, answer: str) -> bool:
-    """Whether two tidy answers are the same text, words in any case."""
-    if compact(gold) == compact(answer):
-        return True
+    """Whether two tidy answers are the same text, up to spaces and braces."""
+    return compact(gold) == compact(answer) or same_word(gold, answer)
+
+
+def same_word(gold: str, answer: str) -> bool:
+    """Whether two answers are the same words, in any case."""
     gold_word, gold_certain = as_word(gold)
     word, certain = as_word(answer)
     return bool(word) and word == gold_word and (certain or gold_certain)
@@ -130,6 +135,7 @@ def readings(gold: str, answer: str):
         yield tuple(re.sub(r",\s*", ", ", text) for text in (gold, answer))
 
 
+MODULUS = re.compile(r"\|[^|]*(?<![A-Za-z\\])[zw](?![A-Za-z])[^|]*\|")
 BARE_LOG = r"\\log(?![A-Za-z])(?!\s*_)"
 
 
@@ -177,7 +183,7 @@ class AnswerComparison:
         """Whether two tidy answers are equal as expressions."""
         self.running = True
         try:
-            real = not (self.may_be_complex(gold) or self.may_be_complex(answer))
+            real = not any(self.may_be_complex(t) or MODULUS.search(t) for t in (gold, answer))
             pair = [self.parse(gold, real), self.parse(answer, real)]
             return self.same(*pair) or (not real and self.same(*map(imaginary, pair)))
         finally:
@@ -188,7 +194,9 @@ class AnswerComparison:
 
         A value does not equal an equation, unless the equation only names it: x = 5, f(2) = 5.
         """
-        gold, answer = short_chain(gold), short_chain(answer)
+        gold, answer = common_name(short_chain(gold)), common_name(short_chain(answer))
+        if has_names(gold) != has_names(answer):
+            return False
         if isinstance(gold, self.equation) and not isinstance(answer, self.relation):
             if not (gold.lhs.is_Symbol or gold.lhs.is_Function):
                 return False
@@ -200,8 +208,12 @@ class AnswerComparison:
 
     def parse(self, answer: str, real: bool):
         """The sympy expression of an answer; its text if the parser does not understand it."""
+        from sympy import Union
         from sympy.logic.boolalg import BooleanAtom
 
+        parts = [solution_set(self.parse(part, real)) for part in split_alternatives(answer)]
+        if parts and None not in parts:
+            return Union(*parts)
         text = self.normalize_latex(for_parser(answer), self.spelling)
         for part in dict.fromkeys((text, self.last_equation(text))):
             try:
@@ -270,6 +282,34 @@ def short_chain(expression):
     return Eq(parts[0].lhs, parts[-1].rhs, evaluate=False)
 
 
+def common_name(expression):
+    """The list x = 2, x = 3 as the list 2, 3."""
+    from sympy import Eq, FiniteSet
+
+    parts = expression.args if isinstance(expression, FiniteSet) else ()
+    names = {part.lhs if isinstance(part, Eq) else None for part in parts}
+    if len(names) != 1 or not getattr(names.pop(), "is_Symbol", False):
+        return expression
+    return FiniteSet(*[part.rhs for part in parts])
+
+
+def has_names(expression) -> bool:
+    """Whether the expression is a list with equations, such as x = 2, y = 3."""
+    from sympy import Eq, FiniteSet, Tuple
+
+    is_list = isinstance(expression, (FiniteSet, Tuple))
+    return is_list and any(isinstance(part, Eq) for part in expression.args)
+
+
+def split_alternatives(text: str) -> list[str]:
+    """The parts of "x < 2 or x > 3"; empty if the text is no alternative of inequalities."""
+    parts = ALTERNATIVE.split(text)
+    return parts if len(parts) > 1 and all(re.search(r"[<>]|\\[lg]e ", p) for p in parts) else []
+
+
+ALTERNATIVE = re.compile(r"\\text\s*\{\s*or\s*\}|(?<![A-Za-z\\])or(?![A-Za-z])|\\(?:lor|vee)\b")
+
+
 def solution_set(expression):
     """The numbers that satisfy inequalities in one variable; None for anything else."""
     from sympy import Eq
@@ -281,7 +321,7 @@ def solution_set(expression):
         return None
     try:
         return expression.as_set() if len(expression.free_symbols) == 1 else None
-    except (NotImplementedError, TypeError, ValueError):
+    except Exception:  # sympy raises many types for what it cannot solve
         return None
 
 
@@ -390,17 +430,20 @@ def exact_number(expression):
 def same_at_points(gold, answer, tolerance: float) -> bool:
     """Whether two expressions agree at points with positive and negative values of the variables.
 
-    Points where neither is real do not count, unless the imaginary unit occurs. If no point can be
-    calculated, the expressions must be equal after doit().
+    Points where neither is real do not count, unless the imaginary unit occurs. z and w are complex
+    beside a modulus. If no point can be calculated, the expressions must be equal after doit().
     """
-    from sympy import I
+    from sympy import Abs, I
 
     pair = [stand_in(exact(expression)) for expression in (gold, answer)]
     names = sorted({s for e in pair for s in e.free_symbols}, key=lambda s: s.name)
-    is_complex = any(expression.has(I) for expression in pair)
+    wide = [s for s in names if not s.is_real and s.name[0] in "zw"]
+    wide = wide if any(expression.has(Abs) for expression in pair) else []
+    is_complex = bool(wide) or any(expression.has(I) for expression in pair)
     counted = []
     for signs in range(4 if names else 1):
         point = {name: coordinate(name.name, signs, i) for i, name in enumerate(names)}
+        point |= {name: point[name] + I for name in wide}
         values = [value_at(expression, point) for expression in pair]
         if None in values:
             continue

@@ -134,11 +134,18 @@ SPELLINGS = [  # pattern, replacement: in this order
     (r"(?<=\d)(?:,\\!|\{,\}|\\[,!; ])(?=\d{3}(?!\d))", ""),
     (r"^(-?\d{1,3}) (?=\d{3}(?: \d{3})*$)", r"\1"),
     (r"(?<!\\)\\[,;:>! ]|~|\\q?quad(?![A-Za-z])", " "),
-    (r"\*\*", "^"),
-    (r"\\operatorname\*?\{(sin|cos|tan|cot|sec|csc|log|ln|exp|gcd|max|min|arg)\}", r"\\\1 "),
+    (r"\*\*(?!$)", "^"),
+    (r"\\log\s*_\s*(?:e|\{\s*e\s*\})(?![A-Za-z])", r"\\ln "),
+    (r"\(\s*\\[bp]?mod\s*(\w+)\s*\)|\\pmod\s*\{?\s*(\w+)\s*\}?", r"\\pmod{\1\2}"),
+    (r"\\operatorname\*?\{(sin|cos|tan|cot|sec|csc|log|ln|exp|gcd|lcm|max|min)\}", r"\\\1 "),
 ]
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
 
+# {x | -2 < x < 7}: the variable and the condition
+SET_BUILDER = re.compile(
+    r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid|:|\|)\s*([^:{}|]*(?:[<>]|\\[lg]e )"
+    r"[^:{}|]*)\\\}"
+)
 FUNCTIONS = (
     "arcsin arccos arctan sinh cosh tanh sqrt sin cos tan cot sec csc log ln exp gcd lcm max min"
 ).split()
@@ -152,11 +159,13 @@ THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 
 def tidy(text: str) -> str:
     """The answer in plain LaTeX, without spaces, full stops and math delimiters around it."""
-    text = trim(from_unicode(text))
+    text = unwrap(from_unicode(text))
     for pattern, new in SPELLINGS:
         text = pattern.sub(new, text)
     text = from_code(unwrap(text))
-    return trim(REPEATING.sub(repeating_decimal, text))
+    text = trim(REPEATING.sub(repeating_decimal, text))
+    condition = SET_BUILDER.fullmatch(text)
+    return condition[2] if condition and condition[1] in condition[2] else text
 
 
 def from_unicode(text: str) -> str:
@@ -201,12 +210,15 @@ def trim(text: str) -> str:
     return text
 
 
+DELIMITERS = (("**", "**"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
+
+
 def unwrap(text: str) -> str:
     """Without math delimiters, boxes, fonts and braces that enclose all of it."""
     before = None
     while text != before:
         before = text = trim(text)
-        for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        for left, right in DELIMITERS:
             inner = text[len(left) : len(text) - len(right)]
             if len(text) > len(left + right) and text == left + inner + right:
                 text = inner if left not in inner else text
@@ -262,7 +274,7 @@ def compact(text: str) -> str:
     r"""Without spaces and without braces around a single character: `x^{2}` is `x^2`."""
     text = re.sub(r"(\\[A-Za-z]+)\s+(?=[A-Za-z])", r"\1{}", text)
     text = re.sub(r"\s+", "", text)
-    return re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
+    return re.sub(r"([_^])\{(\w|\\[A-Za-z]+)\}", r"\1\2", text)
 
 
 # ---- units, labels, words ------------------------------------------------------------------------
@@ -319,7 +331,10 @@ NOT_UNITS = set(
 ) | set(NAMES)
 IN_TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mbox|hbox|operatorname)\s*\{([^{}]*)\}"
 POWER = r"(?:\^\s*\{?\s*-?\d\s*\}?)?"
-TEXT_UNIT = re.compile(rf"(?:\s*(?:/|\\cdot|\\times|\^\\circ)?\s*{IN_TEXT}\s*{POWER})+$")
+TEXT_UNIT = re.compile(
+    rf"(?:\s*(?:/|\\cdot|\\times|\^\\circ)?\s*{IN_TEXT}\s*{POWER})+$"
+    rf"|\s*\\frac\s*\{{\s*{IN_TEXT}\s*{POWER}\}}\s*\{{\s*{IN_TEXT}\s*{POWER}\}}$"
+)
 WORD_UNIT = re.compile(rf"(?<=[\d}})\s])\s*([A-Za-z]+(?:[ /]+[A-Za-z]+)*{POWER})$")
 DEGREES = re.compile(r"\s*\^\\circ\s*[CFK]?$")
 CURRENCY = re.compile(r"^(-?)\s*(?:\\?\$|\\text\{\s*\\?\$\s*\}|(€|\\euro)|(£|\\pounds))\s*")
@@ -357,14 +372,18 @@ def split_unit(text: str) -> Quantity:
 
 
 def has_short_name(text: str) -> bool:
-    """Whether a word of the text may be a variable: one letter, or two that are no known unit."""
+    """Whether a word of the text may be a variable: short, and no known unit.
+
+    A single letter is a unit only beside a longer one, as in km/h.
+    """
     words = re.findall(r"[A-Za-z]+", text)
-    return any(len(w) == 1 or len(w) == 2 and w.lower() not in UNIT for w in words)
+    unknown = any(len(word) < 3 and word.lower() not in UNIT for word in words)
+    return unknown or all(len(word) == 1 for word in words)
 
 
 def unit_words(text: str) -> frozenset[str]:
     r"""The words of a unit in one spelling; empty if a word shows that the text is no unit."""
-    text = re.sub(rf"{FONT}|\\operatorname|\\cdot|\\times|\\circ|\^(?=\s*\\circ)", " ", text)
+    text = re.sub(rf"{FONT}|\\operatorname|\\frac|\\cdot|\\times|\\circ|\^(?=\s*\\circ)", " ", text)
     text = re.sub(r"[\s}]*\^\s*\{?\s*(-?\d)\s*\}?", r"\1", text)
     text = re.sub(r"[{}]", " ", text)
     words = re.findall(r"[A-Za-z]+-?\d?", text)
@@ -388,7 +407,7 @@ def spell_unit(word: str) -> str:
     return UNIT.get(letters, letters) + power
 
 
-LABEL = re.compile(rf"(?:{FONT}\s*\{{\s*)?\(\s*([A-J])\s*\)\s*(\}}?)\s*")
+LABEL = re.compile(rf"(?:{FONT}\s*\{{\s*)?\(?\s*([A-J])\s*\)\s*(\}}?)\s*")
 
 
 def split_label(text: str) -> tuple[str, str]:
@@ -413,13 +432,15 @@ WORDS = set("yes no true false odd even none east west north south left right up
 def as_word(text: str) -> tuple[str, bool]:
     r"""The answer as words in lower case, or "", and whether it is certainly no product of letters.
 
-    It is certain inside `\text{}`, and for words such as yes, no, true, false.
+    It is certain inside `\text{}`, for yes, no and the like, for several words, and from five
+    letters on if one is a vowel.
     """
     plain = re.sub(rf"{FONT}\s*\{{([^{{}}]*)\}}", r"\1", text)
     plain = " ".join(re.sub(r"\\?\s+", " ", plain).split()).rstrip(".").lower()
     if not re.fullmatch(r"[a-z][a-z '-]+", plain):
         return "", False
-    return plain, bool(re.search(FONT, text)) or plain in WORDS
+    long = len(plain) >= 5 and re.search("[aeiou]", plain) and re.search("^.[a-z ]", text)
+    return plain, bool(re.search(FONT, text) or plain in WORDS or long)
 
 
 # ---- marks that the parser loses -----------------------------------------------------------------
@@ -428,6 +449,7 @@ LETTER = r"(\\[A-Za-z]+(?:\{[^{}]*\})?|[A-Za-z])"
 INDEX = r"(?:_\s*(?:\{([^{}]*)\}|(\w|\\[A-Za-z]+)))?"
 PRIMES = re.compile(rf"{LETTER}{INDEX}('+){INDEX}")
 ORDER = re.compile(rf"(?<![\d)}}]){LETTER}{INDEX}\^\s*\{{\s*\(\s*(\w+)\s*\)\s*\}}")
+INVERSE = re.compile(r"(?<![A-Za-z\\])([fghFGH])\s*\^\s*\{\s*-\s*1\s*\}\s*(?=\()")
 LETTERFORM = re.compile(
     r"\\(mathcal|mathfrak|mathscr|mathds|mathbb|mathsf|mathtt)\s*\{?([A-Za-z])\}?"
 )
@@ -456,7 +478,7 @@ def is_literal(text: str) -> bool:
 def for_parser(text: str) -> str:
     r"""Marks that the parser ignores become part of a name, so that they count.
 
-    f' and f'' become names of their own; so do the derivative f^{(3)}, script letters, dy/dx,
+    f' and f'' become names of their own; so do f^{(3)}, the inverse f^{-1}, script letters, dy/dx,
     Gamma and gamma (which the parser takes for Euler's constant), I (for the imaginary unit), and
     gcd and lcm of variables (which sympy takes for polynomials).
     """
@@ -464,6 +486,7 @@ def for_parser(text: str) -> str:
         lambda m: named(m[1], first(m[2], m[3], m[5], m[6]), "prime" * len(m[4])), text
     )
     text = ORDER.sub(lambda m: named(m[1], first(m[2], m[3]), f"order{m[4]}"), text)
+    text = INVERSE.sub(lambda m: named(m[1], "", "inverse"), text)
     text = LEIBNIZ.sub(lambda m: rf"\hat{{d{letters(m[1])}d{letters(m[2])}}}", text)
     text = LETTERFORM.sub(letterform, text)
     text = re.sub(r"\\([gG]amma)(?![A-Za-z])(?!\s*\()", r"\\hat{\1}", text)
