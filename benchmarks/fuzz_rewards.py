@@ -14,6 +14,7 @@ one with a known verdict. A broken law gives exit code 1:
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -192,12 +193,14 @@ def answers(seed: int, canary: str) -> Iterator[Answer]:
 # ---- what happens to them ------------------------------------------------------------------------
 
 
-def children(pid: int) -> list[int]:
-    """The living processes that descend from pid (Linux)."""
+def session(leader: int) -> list[int]:
+    """The living processes of the session that a process has started (Linux)."""
     found = []
-    for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in tasks.read_text().split():
-            found += [int(child), *children(int(child))]
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            state, _, _, its_session, *_ = stat.read_text().rpartition(")")[2].split()
+            if int(its_session) == leader and state != "Z":
+                found.append(int(stat.parent.name))
     return found
 
 
@@ -258,7 +261,7 @@ def fuzz(total: int, timeout: float, workers: int, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         canary = os.path.join(folder, "canary")
         stream = answers(seed, canary)
-        before, start, began = len(children(os.getpid())), resident(), time.monotonic()
+        start, began = resident(), time.monotonic()
         grader = Grader(cfg)
         for first in range(0, total, BATCH):
             batch = [next(stream) for _ in range(min(BATCH, total - first))]
@@ -267,7 +270,7 @@ def fuzz(total: int, timeout: float, workers: int, seed: int) -> dict:
             verdicts = grader([answer.response for answer in batch], [a.row for a in batch])
             for answer, verdict in zip(batch, verdicts, strict=True):
                 seen.add(answer, verdict)
-            seen.processes.append(len(children(os.getpid())) - before)
+            seen.processes.append(len(session(grader.server.pid)))
             seen.peak = max(seen.peak, resident())
             print(
                 f"{first + len(batch)} answers, {time.monotonic() - began:.0f} s, "
@@ -276,7 +279,7 @@ def fuzz(total: int, timeout: float, workers: int, seed: int) -> dict:
             )
         seconds, end = time.monotonic() - began, resident()
         grader.close()
-        left = len(children(os.getpid())) - before
+        left = len(session(grader.server.pid))
         if os.path.exists(canary):
             seen.broken.append("eval: an answer was executed")
     check_laws(seen, timeout, workers, left, start)

@@ -38,6 +38,9 @@ ROUNDED = 5e-6  # relative difference of a number and its first six digits
 
 def equal_answers(gold: str, answer: str) -> bool:
     """Whether the answer equals the gold answer. Either may be any text."""
+    numbers = plain_number(gold), plain_number(answer)
+    if None not in numbers:  # most answers
+        return numbers[0] == numbers[1]
     if same_word(trim(gold), trim(answer)):
         return True
     gold, answer = tidy(gold), tidy(answer)

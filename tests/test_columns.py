@@ -320,7 +320,7 @@ SOLUTIONS = [  # value of "solution", answer or ""
     ("We add. It is 2", ""),
     ("first\nsecond", ""),
     ("x" * 201, ""),
-    (r"\boxed 2", ""),
+    (r"\boxed 2", "2"),
     (r"so \boxed{3", ""),
     (True, ""),
     (None, ""),

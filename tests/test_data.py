@@ -787,7 +787,7 @@ def training_sets(hub) -> Hub:
         row = {"problem": f"m{i}", "solution": f"$\\boxed{{{i}}}$"}
         row |= {"level": f"Level {1 + i % 5}", "type": "T"}
         hub[data.MATH].append(row)
-    hub[data.MATH][0]["solution"] = "$\\boxed 0$"  # not a box that support/data.py reads
+    hub[data.MATH][0]["solution"] = "It is easy to see.\nSo it is 0."  # no box
     hub[data.DEEPMATH] = []
     for i in range(20):
         row = {"question": f"d{i}", "final_answer": f"{i}"}
