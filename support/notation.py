@@ -100,8 +100,10 @@ NAMES = f"{NAMES} upsilon phi chi psi omega".split()
 for _name, _small, _large in zip(NAMES, "αβγδεζηθικλμνξπρστυφχψω", "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΠΡΣΤΥΦΧΨΩ"):
     CHARACTERS[ord(_small)] = rf"\{_name} "
     CHARACTERS[ord(_large)] = rf"\{_name.capitalize()} "
-RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ", "0123456789+-ni"))
-LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋ₙᵢ", "0123456789+-ni"))
+RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ", "0123456789+-ni")
+LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙᵢ", "0123456789+-ni")
+RAISED_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ]+")
+LOWERED_RUN = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋ₙᵢ]+")
 ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 
 SPELLINGS = [  # pattern, replacement: in this order
@@ -170,14 +172,8 @@ def tidy(text: str) -> str:
 
 def from_unicode(text: str) -> str:
     """Mathematical characters as LaTeX: superscripts, roots, fractions, full-width forms."""
-    for digits, mark in ((RAISED, "^"), (LOWERED, "_")):
-        run = re.compile(f"[{''.join(digits)}]+")
-        text = run.sub(
-            lambda found, digits=digits, mark=mark: (
-                mark + "{" + "".join(digits[c] for c in found[0]) + "}"
-            ),
-            text,
-        )
+    text = RAISED_RUN.sub(lambda found: "^{" + found[0].translate(RAISED) + "}", text)
+    text = LOWERED_RUN.sub(lambda found: "_{" + found[0].translate(LOWERED) + "}", text)
     text = re.sub(r"[√∛∜]\s*(\d+(?:\.\d+)?|[A-Za-z]|(?=[({]))", unicode_root, text)
     text = text.translate(CHARACTERS)
     return "".join(fraction_or_letter(c) for c in text)
