@@ -122,7 +122,7 @@ def pairs_of(golds: list[str], sample: int, seed: int) -> list[tuple[str, str, s
     generator = random.Random(seed)
     by_kind: dict[str, list] = {}
     for gold in golds:
-        for form in (gold, gold + ".", f" {gold} "):
+        for form in (gold, gold.rstrip(".") + ".", f" {gold} "):
             by_kind.setdefault("itself", []).append(("itself", gold, form))
         for kind, answer in dict.fromkeys(changed(gold)):
             if answer != gold:
@@ -145,7 +145,7 @@ def reason(kind: str, gold: str, answer: str) -> str:
         return "a number base may be left out"
     if kind == "sign" and re.search(r"(=|\\neq?)\s*0$", gold):
         return "an equation with 0 holds times -1 too"
-    if kind == "sign" and re.match(r"-?0(?![.\d])", gold):
+    if kind == "sign" and re.match(r"-?(?:\\\{)?0(?![.\d])", gold):
         return "0 has no sign"
     if kind == "operator" and re.sub(r"\^(?=1(?!\d))", "", gold) == answer:
         return "an exponent of 1"

@@ -99,6 +99,8 @@ def same_in_base(values: tuple[str, str], bases: list[re.Match | None]) -> bool:
     """Numerals with a base as index: equal digits. One of the two may leave the base out."""
     numerals = [base[1] if base else compact(value) for base, value in zip(bases, values)]
     radices = {base[2] or base[3] for base in bases if base}
+    if None in bases and not numerals[0].isdigit():  # 4A_7 and 4A: the letter is a variable
+        return False
     return numerals[0] == numerals[1] and len(radices) == 1
 
 
@@ -353,7 +355,11 @@ def same_solutions(gold, answer, float_rounding, precision) -> bool:
     names = sorted(ratio.free_symbols, key=lambda symbol: symbol.name)
     points = [{s: coordinate(s.name, signs, i) for i, s in enumerate(names)} for signs in range(4)]
     factors = [value_at(stand_in(exact(ratio)), point) for point in points]
-    if None in factors or not all(close(factor, factors[0], AGREE) for factor in factors):
+    if (
+        None in factors
+        or not factors[0]
+        or not all(close(factor, factors[0], AGREE) for factor in factors)
+    ):
         return False
     if kinds == {Eq}:
         return True

@@ -160,6 +160,8 @@ DIFFERENT = [
     (r"\angle ABC", r"\angle ACB"),
     (r"\mathcal{A}", r"\mathfrak{A}"),
     ("D", "D_7"),
+    ("4A", "4A_7"),
+    ("AB = BA", "-AB = BA"),
     (r"K \, dA", r"k \, dA"),
     (r"x^2 + 1 > 0", r"x^2 + 2 > 0"),
     (r"x^2 + 1 = 0", r"x^2 + 2 = 0"),
