@@ -53,7 +53,7 @@ def to_row(raw: Any, place: str, named: Columns = DETECTED) -> PlacedRow:
     and the remedy if there is no usable problem or answer.
     """
     check_value(raw, place)
-    columns = {name.lower(): value for name, value in raw.items()} | raw
+    columns = in_any_case(raw)
     messages = find_problem(columns, raw, place, named.problem)
     chat = list(messages)
     while chat[-1]["role"] == "assistant":  # find_problem has found a user's message
@@ -124,15 +124,39 @@ def named_value(columns: dict, raw: Row, place: str, flag: str, name: str) -> An
 
 
 def look_up(columns: dict, name: str) -> Any:
-    """The value of a column; a dotted name reaches into objects. ABSENT if there is none."""
+    """The value of a column; a dotted name reaches into objects. ABSENT if there is none.
+
+    Objects may be JSON texts, and their names may be in any case.
+    """
     if name in columns:
         return columns[name]
     value: Any = columns
     for part in name.split("."):
-        if not isinstance(value, dict) or part not in value:
+        value = from_json(value)
+        if not isinstance(value, dict):
             return ABSENT
-        value = value[part]
+        value = in_any_case(value).get(part, ABSENT)
     return value
+
+
+def in_any_case(row: Row) -> Row:
+    """The row, with each value under its name in lower case too."""
+    return {name.lower(): value for name, value in row.items()} | row
+
+
+def from_json(value: Any) -> Any:
+    """The object or list of a JSON text; any other value as it is.
+
+    Tables often store what is nested as JSON texts (ROLL, Skywork-OR1).
+    """
+    if not isinstance(value, str) or not value.strip().startswith(("{", "[")):
+        return value
+    try:
+        decoded = json.loads(value)
+        json.dumps(decoded, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):  # ValueError: not JSON, or an unpaired surrogate
+        return value
+    return decoded
 
 
 def names_in(raw: Row) -> str:
@@ -188,8 +212,12 @@ def too_deep(value: Any, levels: int = MAX_DEPTH) -> bool:
 def to_messages(value: Any, place: str) -> Chat | None:
     """The messages of a problem column: a text is one user's message. None if it is neither.
 
-    UserError if the value is a list of messages that cannot be used.
+    The JSON text of a list of messages is that list. UserError if the value is a list of messages
+    that cannot be used.
     """
+    decoded = from_json(value)
+    if decoded and isinstance(decoded, list) and all(map(is_message, decoded)):
+        value = decoded
     if isinstance(value, str) and value.strip():
         return [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
@@ -201,6 +229,10 @@ def to_messages(value: Any, place: str) -> Chat | None:
             f"found {short(value)}"
         )
     return chat
+
+
+def is_message(value: Any) -> bool:
+    return isinstance(value, dict) and "role" in value and "content" in value
 
 
 def to_message(message: dict, place: str) -> dict[str, Any]:
@@ -247,13 +279,15 @@ SENTENCE_END = re.compile(r"[.?]\s|[。？].")
 def gold(value: Any) -> str:
     r"""The value of an answer column as a string; "" if it holds no answer.
 
-    A list becomes "a, b", which math-verify compares as a set (OlympiadBench). A worked solution
-    that ends in "#### 1,234" becomes "1234" (GSM8K), and a text with exactly one \boxed{} what is
-    in it. Dollar signs, \(...\) and \boxed{...} around the whole are removed. Numbers must be
-    finite.
+    A list becomes "a, b", which math-verify compares as a set (OlympiadBench); so does the JSON
+    text of a list of texts (Skywork-OR1). A worked solution that ends in "#### 1,234" becomes
+    "1234" (GSM8K), and a text with exactly one \boxed{} what is in it. Dollar signs, \(...\) and
+    \boxed{...} around the whole are removed. Numbers must be finite.
     """
-    if isinstance(value, list) and all(isinstance(item, str) and item.strip() for item in value):
-        return ", ".join(unwrap(item.strip()) for item in value)
+    decoded = from_json(value)
+    if isinstance(decoded, list) and (decoded is value or is_texts(decoded)):
+        answers = [gold(item) for item in decoded]
+        return ", ".join(answers) if all(answers) else ""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         return ""
     if isinstance(value, float):
@@ -267,6 +301,11 @@ def gold(value: Any) -> str:
     if text.count("\\boxed{") == 1:
         text = last_boxed(text) or text
     return unwrap(text)
+
+
+def is_texts(values: list) -> bool:
+    """Whether these are texts without control characters, as of "\\frac" in careless JSON."""
+    return all(isinstance(text, str) and text.isprintable() for text in values)
 
 
 def after_hashes(text: str) -> str:

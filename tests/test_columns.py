@@ -95,6 +95,19 @@ FORMATS = {  # name: row, chat, answer
         [user("1+1?")],
         "2",
     ),
+    "JSON texts": (
+        verl(json.dumps([user("1+1?")]), "", reward_model=json.dumps({"ground_truth": "2"})),
+        None,
+        "2",
+    ),
+    "ROLL": ({"prompt": "x", "messages": json.dumps(TURNS), "ground_truth": "4"}, TURNS, "4"),
+    "Skywork": (verl([user("1+1?")], json.dumps([r"\frac{4}{2}"])), None, r"\frac{4}{2}"),
+    "a text that is JSON, but no messages": (
+        {"prompt": '[{"role": "x"}]', "answer": "1"},
+        [user('[{"role": "x"}]')],
+        "1",
+    ),
+    "capitals inside": ({"Prompt": "1+1?", "Reward_Model": {"Ground_Truth": 2}}, None, "2"),
     "ours wins": ({"problem": "1+1?", "prompt": "x", "answer": "2", "label": "3"}, None, "2"),
 }
 
@@ -279,6 +292,15 @@ MARKED = [  # value of an answer column, gold answer
     (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
     (r"$\boxed{ $x$ }$", "x"),
     (["$2$", r"\boxed{3}"], "2, 3"),
+    (["so\n#### $5$", 6.0, [7]], "5, 6, 7"),
+    (["5", None], ""),
+    ('["$5$", "6"]', "5, 6"),
+    ('["\\\\frac{1}{2}"]', r"\frac{1}{2}"),
+    (r'["\frac{1}{2}"]', r'["\frac{1}{2}"]'),  # in JSON this is a form feed and "rac"
+    ("[5, 6]", "[5, 6]"),  # an interval
+    ("[[5, 6], [7, 8]]", "[[5, 6], [7, 8]]"),
+    ('["5"', '["5"'),
+    (r'["\ud800"]', r'["\ud800"]'),
     ("so\n#### $5$", "5"),
     (r"The answer is $\boxed{5}$.", "5"),
     (r"$x$ and $y$", r"$x$ and $y$"),
