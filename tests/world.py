@@ -223,6 +223,12 @@ def with_class(folder: Path, name: str, **changes) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
+def with_more(folder: Path, name: str, shape: tuple[int, ...]) -> None:
+    """Weights of another class than that of config.json."""
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {name: torch.ones(shape)}, path, {"format": "pt"})
+
+
 def with_other_names(folder: Path) -> None:
     """The names of the tensors that a converter might write."""
     path = folder / "model.safetensors"
@@ -248,6 +254,9 @@ SPOILT = {  # folder: what is changed in a copy of the tied model
     "capped": functools.partial(with_class, name="gemma2"),
     "experts": functools.partial(with_class, name="mixtral", num_local_experts=4),
     "renamed": with_other_names,
+    "biased": functools.partial(with_more, name="lm_head.bias", shape=(VOCABULARY,)),
+    "loose": functools.partial(with_more, name="lm_head.weight", shape=(VOCABULARY, 64)),
+    "normed": setting("config.json", model_type="llama"),  # it has no norms of the queries
 }
 
 
