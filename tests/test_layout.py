@@ -10,6 +10,7 @@ import pytest
 from lite_ppo import Config
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 SOURCES = [ROOT / "lite_ppo.py", ROOT / "tricks.py", *sorted((ROOT / "support").glob("*.py"))]
 
 
@@ -49,6 +50,14 @@ def test_nothing_imports_the_trainer():
 )
 def test_files_stay_short(name, lines):
     assert len((ROOT / name).read_text().splitlines()) <= lines
+
+
+def test_readme_says_how_long_the_files_are():
+    rows = re.findall(r"^\| \[`(\w+\.py)`\]\(\1\) \| ([\d,]+) \|", README, re.MULTILINE)
+    assert len(rows) == 3
+    for name, number in rows:
+        lines = len((ROOT / name).read_text().splitlines())
+        assert int(number.replace(",", "")) == pytest.approx(lines, rel=0.03), name
 
 
 def test_functions_of_the_trainer_fit_on_a_screen():
