@@ -80,6 +80,8 @@ def has_system_message(chat: Chat) -> bool:
 def template_warnings(template: Template, chats: list[Chat]) -> Iterator[str]:
     """Parts of the prompts, and arguments, that the chat template silently leaves out.
 
+    Also problems that went through a chat template before: they would get a second one.
+
     chats: some prompts, complete. A message is lost if the prompt is the same with another text in
     its place, or does not contain its text, up to white space. (Leaving the message out would not
     show it: a template may have the same text as its default.) The answers of earlier turns may
@@ -87,6 +89,11 @@ def template_warnings(template: Template, chats: list[Chat]) -> Iterator[str]:
     without it.
     """
     texts = [template.render(chat, "a prompt") for chat in chats]
+    if token := rendered_token(template.tokenizer, chats):
+        yield (
+            f"the problems contain {token!r}, a special token of the model, as if they were in "
+            "its chat template already; the template is applied on top of it. Give the texts alone"
+        )
     lost = {}  # role -> an example
     for chat, text in zip(chats, texts):
         for message in chat:
@@ -108,6 +115,14 @@ def template_warnings(template: Template, chats: list[Chat]) -> Iterator[str]:
                 "chat template of --model does not use it, or this is its default; check the "
                 'spelling and the type (false, not "false"), or leave it out'
             )
+
+
+def rendered_token(tokenizer, chats: list[Chat]) -> str:
+    """A special token that is written out in a user's message; "" if there is none."""
+    added = tokenizer.added_tokens_decoder.values()
+    special = [str(token) for token in added if token.special]
+    texts = [message["content"] for chat in chats for message in chat if message["role"] == "user"]
+    return next((token for token in special for text in texts if token in text), "")
 
 
 def is_lost(template: Template, message: dict, chat: Chat, text: str) -> bool:

@@ -139,6 +139,12 @@ WARNINGS = [  # template, --chat-template-kwargs, messages, words of each warnin
     (OWN_SYSTEM, "", [user("1")], ["drops the system message 'Be good.' never sees"]),
     (USERS_ONLY, "", [user("Be good. 1")], ["drops the system message"]),
     (LAST_ONLY, "", [system("S"), user("1"), user("2")], ["the system", "the user message '1'"]),
+    (
+        CHATML,
+        "",
+        [user("<user>1<eos><assistant>")],
+        ["problems contain '<eos>' special token chat template already alone"],
+    ),
     (SHOUTING, "", [user("abc")], ["drops the user message 'abc' correct chat_template.jinja"]),
     (CHATML, '{"think": 0}', [user("1")], ["--chat-template-kwargs: think = 0 changes no prompt"]),
     (
