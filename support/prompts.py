@@ -56,12 +56,13 @@ class Template:
         try:
             return self.apply(chat, self.kwargs)
         except Exception as error:  # a template is a program and can raise anything
-            remedy = 'if it takes no system message, give --system-prompt ""'
-            if self.kwargs:
-                remedy += f"; check {FLAG}"
+            remedies = [f"{FLAG} gives its variables"]
+            if chat[0]["role"] == "system" and chat[0]["content"] == self.system_prompt:
+                remedies.append('if it takes no system message, give --system-prompt ""')
             raise UserError(
                 f"--model: its chat template fails on {place}: {type(error).__name__}: {error}; "
-                f"{remedy}"
+                f"the messages are {', '.join(message['role'] for message in chat)}; "
+                f"{'; '.join(remedies)}"
             ) from None
 
     def apply(self, chat: Chat, kwargs: dict[str, Any]) -> str:
@@ -78,15 +79,15 @@ def has_system_message(chat: Chat) -> bool:
 
 
 def template_warnings(template: Template, chats: list[Chat]) -> Iterator[str]:
-    """Parts of the prompts, and arguments, that the chat template silently leaves out.
+    """Parts of the prompts that the chat template silently loses or changes, and unused arguments.
 
     Also problems that went through a chat template before: they would get a second one.
 
-    chats: some prompts, complete. A message is lost if the prompt is the same with another text in
-    its place, or does not contain its text, up to white space. (Leaving the message out would not
-    show it: a template may have the same text as its default.) The answers of earlier turns may
-    differ: templates remove their thoughts. An argument has no effect if every prompt is the same
-    without it.
+    chats: some prompts, complete. A message is dropped if the prompt is the same with another text
+    in its place, and changed if the prompt does not contain its text, up to white space. (Leaving
+    the message out would not show it: a template may have the same text as its default.) The
+    answers of earlier turns may differ: templates remove their thoughts. An argument has no effect
+    if every prompt is the same without it.
     """
     texts = [template.render(chat, "a prompt") for chat in chats]
     if token := rendered_token(template.tokenizer, chats):
@@ -94,19 +95,21 @@ def template_warnings(template: Template, chats: list[Chat]) -> Iterator[str]:
             f"the problems contain {token!r}, a special token of the model, as if they were in "
             "its chat template already; the template is applied on top of it. Give the texts alone"
         )
-    lost = {}  # role -> an example
+    lost = {}  # (role, verb) -> an example
     for chat, text in zip(chats, texts):
         for message in chat:
-            if message["role"] != "assistant" and is_lost(template, message, chat, text):
-                lost.setdefault(message["role"], message["content"])
-    for role, content in lost.items():
+            if message["role"] != "assistant" and (verb := fate(template, message, chat, text)):
+                lost.setdefault((message["role"], verb), message["content"])
+    for (role, verb), content in lost.items():
         remedy = "correct chat_template.jinja in the folder of the model"
-        if role == "system":
+        if role == "system" and verb == "drops":
             remedy = (
                 "the model never sees it. Put the instruction into the problems and give "
                 f'--system-prompt "", or {remedy}'
             )
-        yield f"the chat template of --model drops the {role} message {shorten(content)}; {remedy}"
+        yield (
+            f"the chat template of --model {verb} the {role} message {shorten(content)}; {remedy}"
+        )
     for name in template.kwargs:
         others = {key: value for key, value in template.kwargs.items() if key != name}
         if all(is_same(template, chat, others, text) for chat, text in zip(chats, texts)):
@@ -125,12 +128,18 @@ def rendered_token(tokenizer, chats: list[Chat]) -> str:
     return next((token for token in special for text in texts if token in text), "")
 
 
-def is_lost(template: Template, message: dict, chat: Chat, text: str) -> bool:
-    """Whether a message of the chat has no effect on the rendered text, or is not part of it."""
+def fate(template: Template, message: dict, chat: Chat, text: str) -> str:
+    """ "drops" if a message has no effect on the rendered text, "changes" if it is not part of it.
+
+    "" if neither, or if the message is empty.
+    """
     content = message["content"].strip()
+    if not content:
+        return ""
     changed = [other | {"content": content + " x"} if other is message else other for other in chat]
-    ignored = is_same(template, changed, template.kwargs, text)
-    return bool(content) and (ignored or not contains(text, content))
+    if is_same(template, changed, template.kwargs, text):
+        return "drops"
+    return "" if contains(text, content) else "changes"
 
 
 def is_same(template: Template, chat: Chat, kwargs: dict[str, Any], text: str) -> bool:

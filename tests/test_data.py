@@ -70,6 +70,7 @@ GOLDS = [  # value of the answer column, gold answer
     (1e300, "1e+300"),
     (["8", " 1"], "8, 1"),
     (["x=2,3"], "x=2,3"),
+    (["1", 2], "1, 2"),
     ("1,234", "1,234"),
     ("3 * 4 = <<3*4=12>>12\n#### 12", "12"),
     ("So much.\n#### 1,234,567", "1234567"),
@@ -80,7 +81,7 @@ GOLDS = [  # value of the answer column, gold answer
 ]
 NO_GOLDS = [
     *(None, "", " \n", True, False, math.nan, math.inf, -math.inf),
-    *([], [""], ["1", 2], {"a": 1}, b"1"),
+    *([], [""], ["1", True], {"a": 1}, b"1"),
 ]
 
 
@@ -310,7 +311,7 @@ BROKEN_LINES = [  # the line after GOOD, words of the message
     (b'{"problem": "1+2", "answer": 1e999}', "finite inf"),
     (b'{"problem": "1+2", "answer": true}', "answer True"),
     (b'{"problem": "1+2", "answer": " "}', "answer ' '"),
-    (b'{"problem": "1+2", "answer": [1]}', "answer [1]"),
+    (b'{"problem": "1+2", "answer": [true]}', "answer [True]"),
     (b'{"problem": "1+2", "solution": "so \\\\boxed{3"}', "solution boxed{}"),
     (b'{"answer": "2"}', "problem question None ['answer']"),
     (b'{"problem": ["1+2"], "answer": "3"}', "problem ['1+2']"),
@@ -962,7 +963,7 @@ def test_tokenizer_gets_at_most_1000_texts_at_once(tmp_path):
 BROKEN_TEMPLATES = [  # chat template, pattern of the message after the folder of the data
     (
         "{{ raise_exception('no system here') }}",
-        r"some.jsonl:1: TemplateError: no system here; .*--system-prompt \"\"",
+        r"some.jsonl:1: TemplateError: no system here; the messages are user; --chat-template",
     ),
     (
         "{% if messages[-1].content == '1+1' %}{{ 1 / 0 }}{% endif %}x",

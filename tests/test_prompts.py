@@ -145,7 +145,7 @@ WARNINGS = [  # template, --chat-template-kwargs, messages, words of each warnin
         [user("<user>1<eos><assistant>")],
         ["problems contain '<eos>' special token chat template already alone"],
     ),
-    (SHOUTING, "", [user("abc")], ["drops the user message 'abc' correct chat_template.jinja"]),
+    (SHOUTING, "", [user("abc")], ["changes the user message 'abc' correct chat_template.jinja"]),
     (CHATML, '{"think": 0}', [user("1")], ["--chat-template-kwargs: think = 0 changes no prompt"]),
     (
         CHATML + THINKING,
@@ -164,6 +164,23 @@ def test_warning_names_what_the_template_loses(text, kwargs, chat, warnings, tok
     assert len(found) == len(warnings), found
     for words, warning in zip(warnings, found):
         assert missing_words(words, warning) == []
+
+
+FAILING = [  # template, --system-prompt, messages, words of the error
+    (NO_SYSTEM, "Be good.", [user("1")], "system, user; --system-prompt"),
+    ("{{ date.year }}", "", [user("1")], "UndefinedError 'date' --chat-template-kwargs"),
+    (NO_SYSTEM, "Be good.", [system("S"), user("1")], "system, user; --chat-template-kwargs"),
+]
+
+
+@pytest.mark.parametrize("text,flag,chat,words", FAILING)
+def test_error_of_a_template_names_the_remedy(text, flag, chat, words, tokenizer):
+    template = make_template(tokenizer, text, system_prompt=flag)
+    with pytest.raises(UserError) as error:
+        template.render(template.complete(chat), "some.jsonl:1")
+    assert missing_words(words, str(error.value)) == []
+    own = "--system-prompt" in words  # not the remedy if the messages bring their own
+    assert ("--system-prompt" in str(error.value)) == own
 
 
 def test_long_message_is_shortened(tokenizer):
