@@ -76,7 +76,7 @@ def find_problem(columns: dict, raw: Row, place: str, named: str) -> Chat:
     names = PROBLEM_COLUMNS
     if look_up(columns, VERL_ANSWER) is not ABSENT:
         names = ("prompt", *names)
-    if "instruction" in columns:  # then "input" is only a part of the problem
+    if columns.get("instruction"):  # then "input" is only a part of the problem
         names = [name for name in names if name != "input"]
     values = [columns[name] for name in names if name in columns]
     for value in values:
@@ -123,20 +123,23 @@ def named_value(columns: dict, raw: Row, place: str, flag: str, name: str) -> An
     return value
 
 
-def look_up(columns: dict, name: str) -> Any:
+def look_up(value: Any, name: str) -> Any:
     """The value of a column; a dotted name reaches into objects. ABSENT if there is none.
 
-    Objects may be JSON texts, and their names may be in any case.
+    Objects may be JSON texts. Their names may be in any case, and may have dots themselves.
     """
+    value = from_json(value)
+    if not isinstance(value, dict):
+        return ABSENT
+    columns = in_any_case(value)
     if name in columns:
         return columns[name]
-    value: Any = columns
-    for part in name.split("."):
-        value = from_json(value)
-        if not isinstance(value, dict):
-            return ABSENT
-        value = in_any_case(value).get(part, ABSENT)
-    return value
+    for dot in re.finditer(r"\.", name):
+        first = columns.get(name[: dot.start()], ABSENT)
+        found = look_up(first, name[dot.end() :])
+        if found is not ABSENT:
+            return found
+    return ABSENT
 
 
 def in_any_case(row: Row) -> Row:

@@ -107,6 +107,7 @@ FORMATS = {  # name: row, chat, answer
         [user('[{"role": "x"}]')],
         "1",
     ),
+    "no instruction": ({"instruction": "", "input": "1+1?", "label": "2"}, None, "2"),
     "capitals inside": ({"Prompt": "1+1?", "Reward_Model": {"Ground_Truth": 2}}, None, "2"),
     "ours wins": ({"problem": "1+1?", "prompt": "x", "answer": "2", "label": "3"}, None, "2"),
 }
@@ -163,6 +164,7 @@ NAMED = [  # row, --problem-column, --answer-column, problem, answer
         "1+1?",
         "2",
     ),
+    ({"A.q": {"x.y": "1+1?"}, "A": {"b.c": {"D": 2}}}, "A.q.x.y", "A.b.c.D", "1+1?", "2"),
     ({"q": "1+1?", "solution": r"\boxed{1} no, \boxed{2}"}, "q", "solution", "1+1?", "2"),
     (
         {"q": "1+1?", "essay": "First. Then second.\nEnd"},
