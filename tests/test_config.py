@@ -168,6 +168,7 @@ MISTAKES = {  # a flag and its value: words that the message must contain
     "--model ROOT/capped": "--model ROOT/capped Gemma2ForCausalLM not supported soft-capping nats",
     "--model ROOT/experts": "--model ROOT/experts MixtralForCausalLM mixture of experts Qwen3",
     "--model ROOT/renamed": "--model ROOT/renamed Qwen3ForCausalLM decoder.model. save_pretrained",
+    "--model ROOT/foreign": "--model ROOT/foreign: its class is not part of transformers Qwen3",
     "--model ROOT/biased": "--model ROOT/biased 1 tensors Qwen3ForCausalLM lm_head.bias",
     "--model ROOT/loose": "--model ROOT/loose another lm_head.weight "
     "than model.embed_tokens.weight tie_word_embeddings false",

@@ -254,6 +254,7 @@ SPOILT = {  # folder: what is changed in a copy of the tied model
     "capped": functools.partial(with_class, name="gemma2"),
     "experts": functools.partial(with_class, name="mixtral", num_local_experts=4),
     "renamed": with_other_names,
+    "foreign": setting("config.json", model_type="x", auto_map={"AutoConfig": "code.Config"}),
     "biased": functools.partial(with_more, name="lm_head.bias", shape=(VOCABULARY,)),
     "loose": functools.partial(with_more, name="lm_head.weight", shape=(VOCABULARY, 64)),
     "normed": setting("config.json", model_type="llama"),  # it has no norms of the queries
