@@ -186,6 +186,9 @@ def check_clipped_surrogate(clipped_surrogate):
     close(clipped_surrogate(new, old, a, dual_clip=1.5), [-3.6, 4.5, -1.5, 2.4, -3])
     by_new = grad(lambda x: clipped_surrogate(x, old, a, dual_clip=1.5), new)[0]
     close(by_new, [0, 0, -1.5, 0, -3])
+    # 1.9 times an advantage in bfloat16 is not rounded to bfloat16
+    half = T(-1.0078125, dtype=torch.bfloat16)
+    close(clipped_surrogate(T(LOG2), T(0), half, dual_clip=1.9), [1.9 * 1.0078125])
     # advantages broadcast
     zeros = torch.zeros(2, 2)
     close(clipped_surrogate(zeros, zeros, T([1], [2])), [[-1, -1], [-2, -2]])
