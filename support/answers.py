@@ -15,9 +15,11 @@ import functools
 import logging
 import re
 import zlib
+from collections import Counter
 from fractions import Fraction
 
 from support.notation import (
+    SCALES,
     Quantity,
     as_word,
     compact,
@@ -31,7 +33,7 @@ from support.notation import (
 )
 
 NUMBER = re.compile(r"[+-]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})")
-BASE = re.compile(r"(\d[0-9A-F]*)_(?:\{(\d+)\}|(\d+))")
+BASE = re.compile(r"\(?(\d[0-9A-F]*)\)?_(?:\{(\d+)\}|(\d+))")
 CLOSED_AT_INFINITY = re.compile(r"\[-\\infty|\\infty\]")
 ROUNDED = 5e-6  # relative difference of a number and its first six digits
 
@@ -76,6 +78,8 @@ def same_quantity(gold: Quantity, answer: Quantity) -> bool:
     """Whether values are equal, and units where both have one."""
     if gold.unit and answer.unit and not gold.unit & answer.unit:
         return False
+    if (gold.unit ^ answer.unit) & SCALES:  # five and five million
+        return False
     values = gold.value, answer.value
     if same_text(*values):
         return True
@@ -85,7 +89,9 @@ def same_quantity(gold: Quantity, answer: Quantity) -> bool:
     bases = [BASE.fullmatch(compact(value)) for value in values]
     if any(bases):
         return same_in_base(values, bases)
-    if any(is_literal(for_parser(value)) for value in values) or not same_brackets(*values):
+    if any(is_literal(for_parser(value)) for value in values):
+        return False
+    if not (same_brackets(*values) and same_signs(*values) and same_repeats(*values)):
         return False
     return any(answer_comparison()(*reading) for reading in readings(*values))
 
@@ -109,6 +115,30 @@ def same_brackets(gold: str, answer: str) -> bool:
     brackets = {outer_brackets(gold), outer_brackets(answer)} - {""}
     ends = [len(CLOSED_AT_INFINITY.findall(compact(text))) for text in (gold, answer)]
     return len(brackets) < 2 and ends[0] == ends[1]
+
+
+def same_signs(gold: str, answer: str) -> bool:
+    r"""False if one is an equation and the other an approximation or a congruence."""
+    signs = [set(re.findall(r"=|\\(?:approx|equiv|propto)\b", text)) for text in (gold, answer)]
+    return not all(signs) or bool(signs[0] & signs[1])
+
+
+def same_repeats(gold: str, answer: str) -> bool:
+    """False if an item of a list without brackets occurs more often than in the other list."""
+    lists = [Counter(items(compact(without_thousands_commas(text)))) for text in (gold, answer)]
+    times = set(lists[0].values()), set(lists[1].values())
+    return lists[0] == lists[1] or (times[0] == times[1] and len(times[0]) == 1)
+
+
+def items(text: str) -> list[str]:
+    """The parts between the commas that are in no bracket."""
+    depth, begin, parts = 0, 0, []
+    for place, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append(text[begin:place])
+            begin = place + 1
+    return [*parts, text[begin:]]
 
 
 def outer_brackets(text: str) -> str:
@@ -261,14 +291,15 @@ def same_symbol(gold, answer) -> bool:
     return sorted(letters_of(gold)) == sorted(letters_of(answer)) and bool(letters_of(gold))
 
 
-def letters_of(expression) -> str:
-    """The letters of a name or of a product of names; "" for any other expression."""
+def letters_of(expression) -> list[str]:
+    """The letters of a name or of a product; a name with an index is one; [] for anything else."""
     from sympy import E, Mul, Symbol
 
     factors = expression.args if isinstance(expression, Mul) else [expression]
     if not all(factor == E or isinstance(factor, Symbol) for factor in factors):
-        return ""
-    return "".join("e" if factor == E else factor.name for factor in factors)
+        return []
+    names = ["e" if factor == E else factor.name for factor in factors]
+    return [part for name in names for part in ([name] if "_" in name else name)]
 
 
 def short_chain(expression):
@@ -493,12 +524,13 @@ def stand_in(expression):
     These are unknown functions, their derivatives, and sums, products, limits and integrals that
     depend on a variable and that sympy cannot calculate.
     """
-    from sympy import Derivative, Integral, Limit, Product, Sum, Symbol
+    from sympy import Derivative, Integral, Limit, Product, Sum, Symbol, oo
     from sympy.core.function import AppliedUndef
 
     values = {}
     for part in expression.atoms(Sum, Product, Limit, Integral, Derivative):
-        found = part.doit() if part.free_symbols else part
+        infinite = isinstance(part, Sum) and part.has(oo)  # evalf() would take seconds
+        found = part.doit() if part.free_symbols or infinite else part
         if found.free_symbols and found.has(Sum, Product, Limit, Integral, Derivative):
             found = Symbol(f"value of {part}")
         elif isinstance(part, Derivative) and not found.free_symbols:

@@ -104,13 +104,17 @@ RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ", "0123456789+-n
 LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙᵢ", "0123456789+-ni")
 RAISED_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ]+")
 LOWERED_RUN = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋ₙᵢ]+")
+ACCENTS = "bar|hat|vec|dot|ddot|tilde|overline|widehat|widetilde"
 ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 
 SPELLINGS = [  # pattern, replacement: in this order
     (r"\\(?:left|right|middle)\s*\.", ""),
     (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])", ""),
     (r"\\(?:displaystyle|textstyle|limits|nolimits|strut)(?![A-Za-z])", ""),
+    (r"\\(?:tiny|small|large|Large|LARGE|huge|Huge)(?![A-Za-z])", ""),
+    (r"\\(?:textcolor|color)\s*\{\w+\}", ""),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\frac\s+(\d)\s+(\d)", r"\\frac{\1}{\2}"),
     (r"\\(?:varnothing)(?![A-Za-z])", r"\\emptyset"),
     (r"\\var(epsilon|phi|theta|rho|sigma|kappa)(?![A-Za-z])", r"\\\1"),
     (r"\\(?:leq|leqslant)(?![A-Za-z])|<=", r"\\le "),
@@ -122,21 +126,35 @@ SPELLINGS = [  # pattern, replacement: in this order
     (r"\\lbrace(?![A-Za-z])", r"\\{"),
     (r"\\rbrace(?![A-Za-z])", r"\\}"),
     (r"\\[lr]?vert(?![A-Za-z])", "|"),
+    (r"\\[lr]?Vert(?![A-Za-z])|‖", r"\\|"),
+    (rf"\\({ACCENTS})\s*(\\[A-Za-z]+|(?<=\s)[A-Za-z])(?![A-Za-z{{])", r"\\\1{\2}"),
+    (r"\\sqrt\s*(?:(?<=\s)([A-Za-z])(?![A-Za-z])|(\d)(?!\d))", r"\\sqrt{\1\2}"),
+    (r"\\dag(?![A-Za-z])", r"\\dagger"),
+    (r"(?<=[A-Za-z])\^\{([23])\}(?=\s*\})", r"^\1"),
     (r"\\lbrack(?![A-Za-z])", "["),
     (r"\\rbrack(?![A-Za-z])", "]"),
     (r"\\(?:degree|degrees)(?![A-Za-z])|\\text\{\s*°\s*\}", r"^\\circ "),
     (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
     (r"\^\s*(?:\{\s*)?\\(?:top|intercal)(?![A-Za-z])(?:\s*\})?", "^T"),
-    (r"\^\s*\{\s*(?:\\(?:mathsf|mathrm|text|mathbf)\{\s*)?T\s*\}(?:\s*\})?", "^T"),
+    (r"\^\s*\{\s*(?:\\(?:mathsf|mathrm|text|mathbf)\{\s*|\\rm\s*)?T\s*\}(?:\s*\})?", "^T"),
     (r"\^\s*\\(?:mathsf|mathrm|text)\{\s*T\s*\}", "^T"),
     (r"\^\s*(?:\{\s*)?(?:\\ast|\\star|\*)(?![A-Za-z])(?:\s*\})?", "^*"),
     (r"\^\s*\{\s*((?:\\prime\s*|')+)\}", r"^\1"),
     (r"\^\s*((?:\\prime(?![A-Za-z])\s*)+)", lambda found: "'" * found[1].count("prime")),
     (r"\^\s*('+)", r"\1"),
     (r"(?<=\d)(?:,\\!|\{,\}|\\[,!; ])(?=\d{3}(?!\d))", ""),
-    (r"^(-?\d{1,3}) (?=\d{3}(?: \d{3})*$)", r"\1"),
+    (r"^-?\d{1,3}(?: \d{3})+$", lambda found: found[0].replace(" ", "")),
     (r"(?<!\\)\\[,;:>! ]|~|\\q?quad(?![A-Za-z])", " "),
     (r"\*\*(?!$)", "^"),
+    (r"(?<![\d./^_])(\d+)\s+(\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}"),
+    (r"(?<=\d)\s*(?:percent|\\text\s*\{\s*percent\s*\})\s*$", r"\\%"),
+    (r"\\mathrm\s*\{\s*([ei])\s*\}", r"\1"),
+    (r"(?<![A-Za-z])([ap])\.\s?m(?![A-Za-z])\.?", r"\1m"),
+    (
+        r"^(?:\\text\s*\{\s*)?(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is)?:?\s*\}?(?=[\s\d$\\:-]):?",
+        "",
+    ),
+    (r"^=\s*", ""),
     (r"\\log\s*_\s*(?:e|\{\s*e\s*\})(?![A-Za-z])", r"\\ln "),
     (r"\(\s*\\[bp]?mod\s*(\w+)\s*\)|\\pmod\s*\{?\s*(\w+)\s*\}?", r"\\pmod{\1\2}"),
     (r"\\operatorname\*?\{(sin|cos|tan|cot|sec|csc|log|ln|exp|gcd|lcm|max|min)\}", r"\\\1 "),
@@ -202,11 +220,11 @@ def trim(text: str) -> str:
         before = text
         text = re.sub(rf"^{SPACE}+", "", text)
         text = re.sub(rf"(?:{SPACE}|\\\\|(?<!\\)\\$)+$", "", text)
-        text = re.sub(r"(?<![.\\])[.,;:]$", "", text)
+        text = re.sub(r"(?<![.\\])[.,;:]$|\\text\s*\{\s*[.,;]?\s*\}$", "", text)
     return text
 
 
-DELIMITERS = (("**", "**"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
+DELIMITERS = (("**", "**"), ("`", "`"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 
 
 def unwrap(text: str) -> str:
@@ -267,9 +285,10 @@ def without_thousands_commas(text: str) -> str:
 
 
 def compact(text: str) -> str:
-    r"""Without spaces and without braces around a single character: `x^{2}` is `x^2`."""
+    r"""Without spaces, upright fonts and braces around a single character: `x^{2}` is `x^2`."""
+    text = re.sub(r"\\(?:text|textrm|mathrm|operatorname)\s*\{([A-Za-z]+)\}", r" \1", text)
     text = re.sub(r"(\\[A-Za-z]+)\s+(?=[A-Za-z])", r"\1{}", text)
-    text = re.sub(r"\s+", "", text)
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
     return re.sub(r"([_^])\{(\w|\\[A-Za-z]+)\}", r"\1\2", text)
 
 
@@ -323,9 +342,13 @@ UNIT = {name: unit for unit, names in UNIT_NAMES.items() for name in [unit, *nam
 NOT_UNITS = set(
     "if and or for when where is not no odd even only otherwise but with all any every none mod "
     "iff then while both either such that exists sin cos tan cot sec csc log exp sqrt max min gcd "
-    "lcm inf infinity".split()
+    "lcm inf infinity squared cubed factorial".split()
 ) | set(NAMES)
 IN_TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mbox|hbox|operatorname)\s*\{([^{}]*)\}"
+SCALES = set(
+    "dozen hundred thousand million billion trillion half halve third quarter fourth fifth tenth "
+    "hundredth thousandth".split()
+)
 POWER = r"(?:\^\s*\{?\s*-?\d\s*\}?)?"
 TEXT_UNIT = re.compile(
     rf"(?:\s*(?:/|\\cdot|\\times|\^\\circ)?\s*{IN_TEXT}\s*{POWER})+$"
@@ -333,7 +356,10 @@ TEXT_UNIT = re.compile(
 )
 WORD_UNIT = re.compile(rf"(?<=[\d}})\s])\s*([A-Za-z]+(?:[ /]+[A-Za-z]+)*{POWER})$")
 DEGREES = re.compile(r"\s*\^\\circ\s*[CFK]?$")
-CURRENCY = re.compile(r"^(-?)\s*(?:\\?\$|\\text\{\s*\\?\$\s*\}|(€|\\euro)|(£|\\pounds))\s*")
+CURRENCY = re.compile(
+    r"^(-?)\s*(?:\\?\$|\\text\{\s*\\?\$\s*\}|(€|\\euro)|(£|\\pounds)|([¥₹₽₩]))\s*"
+)
+CURRENCY_BEHIND = re.compile(r"^(.*\d)\s*(?:\\text\{\s*)?([€£¥₹₽₩])(?:\s*\})?$")
 CALCULATION = re.compile(r"\\(?:frac|sqrt|pi|cdot|times|div|infty)(?![A-Za-z])|\\[%$]")
 
 
@@ -350,9 +376,10 @@ def split_unit(text: str) -> Quantity:
     the end; a plain word of three or more letters, or a common abbreviation, after a number. A
     single letter without `\text` is a variable.
     """
+    text = CURRENCY_BEHIND.sub(r"\2\1", text)
     currency = CURRENCY.match(text)
     if currency and is_number(text[currency.end() :]):
-        sign = "€" if currency[2] else "£" if currency[3] else "$"
+        sign = "€" if currency[2] else "£" if currency[3] else currency[4] or "$"
         return Quantity(currency[1] + text[currency.end() :], frozenset({sign}))
     degrees = DEGREES.search(text)
     if degrees and is_number(text[: degrees.start()]):
@@ -454,9 +481,19 @@ LEIBNIZ = re.compile(
     r"\{\s*(?:d|\\partial)\s*(\\?[A-Za-z]+)\s*(?:\^\{?\d\}?)?\s*\}"
 )
 CAPITAL_I = re.compile(r"\\(?!d?frac|sqrt)[A-Za-z]+\{[^{}]*\}|(?<![A-Za-z\\])I(?![A-Za-z])")
+NO_RELATION = r"\\(?!(?:[lg]e|ne|in|notin|text)(?![A-Za-z]))[A-Za-z]+(?![A-Za-z])"
+VECTOR = r"\\(?:vec|mathbf|boldsymbol|bm)"
+INVERTED = r"[A-Z]\s*\^\s*\{\s*-\s*1\s*\}"
 LITERAL = re.compile(
-    r"'|\^T|!\s*!|\\ldots|\\(?:angle|triangle|parallel|perp|sim|cong|simeq|subset|subseteq|supset"
-    r"|supseteq|otimes|oplus|rtimes|ltimes|pmod|bmod|mid|nmid)(?![A-Za-z])"
+    r"'|\^T|!\s*!|\\ldots|\\(?:nabla|angle|triangle|parallel|perp|sim|cong|simeq|subset|subseteq"
+    r"|supset|supseteq|otimes|oplus|rtimes|ltimes|pmod|bmod|mid|nmid)(?![A-Za-z])"
+    r"|(?<![_^\d])\d+\s+\d"  # numbers without a sign between them
+    r"|[A-Za-z]\^\\circ"  # the interior of a set, degrees of a variable
+    rf"|{VECTOR}\s*\{{\w\}}(?:_\{{?\w\}}?)?\s*\\times|\\times\s*{VECTOR}"
+    rf"|{INVERTED}\s*[A-Z]|(?<![A-Za-z])[A-Z]\s*{INVERTED}"  # matrices do not commute
+    r"|(?<![\d.}])\d+/\d+\s*(?:(?!\s*(?:or|and)\b)[A-Za-z(]|\\(?:pi|sqrt|ln|sin|cos|frac)\b)"
+    rf"|\\\{{(?:{NO_RELATION}|[^,={{}}<>|:\\A-Za-z])*[A-Za-z]"  # the fractional part of a variable
+    rf"(?:{NO_RELATION}|[^,={{}}<>|:\\])*\\\}}"
 )
 
 
@@ -464,9 +501,11 @@ INDEXED_SUM = re.compile(r"\\(?:sum|prod)\s*_\{\s*([A-Za-z])\s*=.*_(?:\1|\{[^{}]
 
 
 def is_literal(text: str) -> bool:
-    """Whether the text has marks for which the parser has no meaning. Compare such text as text.
+    r"""Whether the text has marks for which the parser has no meaning. Compare such text as text.
 
-    They are the marks of LITERAL, and sums over an index of a variable, such as sum_i x_i.
+    They are the marks of LITERAL, and sums over an index of a variable, such as sum_i x_i. LITERAL
+    also has cross products, products with the inverse of a matrix, the fractional part \{x\}, and
+    1/2x, which may be x/2 or 1/(2x).
     """
     return bool(LITERAL.search(text) or INDEXED_SUM.search(text))
 
@@ -485,6 +524,8 @@ def for_parser(text: str) -> str:
     text = INVERSE.sub(lambda m: named(m[1], "", "inverse"), text)
     text = LEIBNIZ.sub(lambda m: rf"\hat{{d{letters(m[1])}d{letters(m[2])}}}", text)
     text = LETTERFORM.sub(letterform, text)
+    if re.search(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])", text):
+        text = re.sub(r"(\d+(?:\.\d+)?)\s*\^\s*\\circ", r"(\1 \\cdot \\frac{\\pi}{180})", text)
     text = re.sub(r"\\([gG]amma)(?![A-Za-z])(?!\s*\()", r"\\hat{\1}", text)
     text = CAPITAL_I.sub(lambda m: m[0] if m[0] != "I" else r"\hat{I}", text)
     if re.search(r"\\(?:gcd|lcm)[^A-Za-z]*[A-Za-z]", text):
