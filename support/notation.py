@@ -115,6 +115,8 @@ SPELLINGS = [  # pattern, replacement: in this order
     (r"\\(?:textcolor|color)\s*\{\w+\}", ""),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\frac\s+(\d)\s+(\d)", r"\\frac{\1}{\2}"),
+    (r"\\(begin|end)\{bmatrix\}", r"\\\1{pmatrix}"),
+    (r"\\\\\[\d*\.?\d+\s*(?:pt|em|ex|mm|cm)\]", r"\\\\"),
     (r"\\(?:varnothing)(?![A-Za-z])", r"\\emptyset"),
     (r"\\var(epsilon|phi|theta|rho|sigma|kappa)(?![A-Za-z])", r"\\\1"),
     (r"\\(?:leq|leqslant)(?![A-Za-z])|<=", r"\\le "),

@@ -179,6 +179,8 @@ EQUAL = [  # further pairs of gold answer and answer
     (r"\{\pi\}", r"\pi"),
     (r"\frac{1}{2}, \frac{1}{2}", "1/2, 1/2"),
     ("x=1/2 or x=3", "3, 1/2"),
+    (r"\begin{bmatrix} a & b \\ c & d \end{bmatrix}", r"\begin{pmatrix}a&b\\c&d\end{pmatrix}"),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{bmatrix} 1 \\[4pt] 2 \end{bmatrix}"),
     (r"\sum_{n=1}^\infty \frac{1}{n^2}", r"\frac{\pi^2}{6}"),
 ]
 DIFFERENT = [
