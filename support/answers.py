@@ -233,8 +233,9 @@ class AnswerComparison:
         if has_names(gold) != has_names(answer):
             return False
         if isinstance(gold, self.equation) and not isinstance(answer, self.relation):
-            if not (gold.lhs.is_Symbol or gold.lhs.is_Function):
+            if not is_name(gold.lhs):
                 return False
+            gold = gold.rhs
         sets = [solution_set(expression) for expression in (gold, answer)]
         if None not in sets and not trivial(sets[0]):
             return gold.free_symbols == answer.free_symbols and sets[0] == sets[1]
@@ -316,6 +317,14 @@ def short_chain(expression):
     if any(part.rhs.free_symbols for part in parts):
         return Tuple(*parts)
     return Eq(parts[0].lhs, parts[-1].rhs, evaluate=False)
+
+
+def is_name(expression) -> bool:
+    """Whether a left side only names the right one: x, f(2), (x, y)."""
+    from sympy import Tuple
+
+    parts = expression.args if isinstance(expression, Tuple) else (expression,)
+    return all(part.is_Symbol or part.is_Function for part in parts)
 
 
 def common_name(expression):

@@ -55,6 +55,8 @@ EQUAL = [  # further pairs of gold answer and answer
     (r"x^2 + 1 > 0", r"2x^2 + 2 > 0"),
     (r"x^2 = 4", r"2x^2 - 8 = 0"),
     (r"f(x) = x^2", "x^2"),
+    ("f(3) = 42", "42"),
+    ("(x, y) = (3, 4)", "(3,4)"),
     (r"362,\!880", "362880"),
     (r"10 000", "10000"),
     (r"\frac{x}{y}", r"\frac{dy}{dx} = \frac{x}{y}"),
