@@ -57,6 +57,8 @@ def check_bootstrap_interval(bootstrap_interval):
     low, high = bootstrap_interval(T(0, 1), draws=4000)
     close(low, 0.0)
     close(high, 1.0)
+    low, high = bootstrap_interval(values, draws=1)  # one mean is both ends
+    assert low == high
     low, high = bootstrap_interval(T(0, 1), level=0.4, draws=4000)
     close(low, 0.5)
     close(high, 0.5)
