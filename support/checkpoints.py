@@ -234,7 +234,7 @@ class Checkpoints:
         self.future = None
         self.error: BaseException | None = None
         self.failures = 0  # in a row
-        self.told = False  # that checkpoints are not written in the background
+        self.noted = False  # on the console that checkpoints are not written in the background
         self.newest = -1  # step of the newest checkpoint
         if dist.get_rank() == 0:
             self.delete_partial()
@@ -283,9 +283,9 @@ class Checkpoints:
         need = COPIES * STATE_BYTES * parameters * env("LOCAL_WORLD_SIZE", 1)
         rooms = [(free, need) for free, need in gather([(free_memory(), need)]) if free is not None]
         short = [(free, need) for free, need in rooms if free < need]
-        if short and not self.told:
+        if short and not self.noted:
             free, need = min(short)
-            self.told = True
+            self.noted = True
             self.print(
                 "note: checkpoints are written while the training waits: in the background this "
                 f"takes {gib(need)} GiB of host memory per machine, and {gib(free)} are free"

@@ -183,11 +183,16 @@ def tidy(text: str) -> str:
     """The answer in plain LaTeX, without spaces, full stops and math delimiters around it."""
     text = unwrap(from_unicode(text))
     for pattern, new in SPELLINGS:
-        text = pattern.sub(new, text)
-    text = from_code(unwrap(text))
+        text = pattern.sub(new, single_spaces(text))  # long runs of spaces take long to search
+    text = from_code(unwrap(single_spaces(text)))
     text = trim(REPEATING.sub(repeating_decimal, text))
     condition = SET_BUILDER.fullmatch(text)
     return condition[2] if condition and condition[1] in condition[2] else text
+
+
+def single_spaces(text: str) -> str:
+    """Each run of white space as one space."""
+    return " ".join(text.split())
 
 
 def from_unicode(text: str) -> str:
@@ -217,6 +222,7 @@ def fraction_or_letter(character: str) -> str:
 
 def trim(text: str) -> str:
     """Without spaces around it and without a full stop, comma, colon or semicolon at the end."""
+    text = single_spaces(text)
     before = None
     while text != before:
         before = text
@@ -325,7 +331,6 @@ UNIT_NAMES = {
     "$": "dollar usd",
     "¢": "cent",
     "€": "euro",
-    "£": "pounds_sterling",
     "deg": "degree",
     "mph": "",
     "kph": "kmh",
@@ -351,10 +356,10 @@ SCALES = set(
     "dozen hundred thousand million billion trillion half halve third quarter fourth fifth tenth "
     "hundredth thousandth".split()
 )
-POWER = r"(?:\^\s*\{?\s*-?\d\s*\}?)?"
+POWER = r"(?:\s*\^\s*\{?\s*-?\d(?:\s*\})?)?"  # each space in one place: fast on long texts
 TEXT_UNIT = re.compile(
-    rf"(?:\s*(?:/|\\cdot|\\times|\^\\circ)?\s*{IN_TEXT}\s*{POWER})+$"
-    rf"|\s*\\frac\s*\{{\s*{IN_TEXT}\s*{POWER}\}}\s*\{{\s*{IN_TEXT}\s*{POWER}\}}$"
+    rf"(?:\s*(?:(?:/|\\cdot|\\times|\^\\circ)\s*)?{IN_TEXT}{POWER})+$"
+    rf"|\s*\\frac\s*\{{\s*{IN_TEXT}{POWER}\s*\}}\s*\{{\s*{IN_TEXT}{POWER}\s*\}}$"
 )
 WORD_UNIT = re.compile(rf"(?<=[\d}})\s])\s*([A-Za-z]+(?:[ /]+[A-Za-z]+)*{POWER})$")
 DEGREES = re.compile(r"\s*\^\\circ\s*[CFK]?$")

@@ -2,12 +2,14 @@
 
 import json
 import re
+import time
 
 import pytest
 
 from benchmarks import answer_laws
 from support.answers import equal_answers
 from support.data import load_rows
+from support.notation import for_parser, is_literal, split_unit, tidy
 from tests.world import ROOT
 
 DOCUMENT = (ROOT / "docs/answers.md").read_text()
@@ -297,6 +299,19 @@ def test_equal(gold, answer):
 def test_different(gold, answer):
     assert not equal_answers(gold, answer)
     assert not equal_answers(answer, gold)
+
+
+LONG = [" ", r"\text{a} ", r"\text{cm}/", "km/", "1 ", r"\{x", r"\sum_{i=", r"A^{-1} ", "~", "f'"]
+
+
+@pytest.mark.parametrize("part", LONG)
+def test_long_texts_are_read_fast(part):
+    """A pattern whose time grows as a power of the length would take minutes."""
+    text = tidy((part * 2000)[:2000] + "!")
+    began = time.process_time()
+    split_unit(text)
+    is_literal(for_parser(text))
+    assert time.process_time() - began < 5
 
 
 # ---- laws ----------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ class Saver(checkpoints.Checkpoints):
     """Checkpoints without a folder: has_room() and what it prints."""
 
     def __init__(self):
-        self.told = False
+        self.noted = False
         self.texts = []
         self.print = self.texts.append
 
