@@ -6,7 +6,9 @@ Copy it: it needs `import torch` and nothing else.
 import torch
 
 
-def linear_logprobs(hidden, weight, token_ids, temperature=1.0, chunk=1024, bias=None):
+def linear_logprobs(
+    hidden, weight, token_ids, temperature=1.0, chunk=1024, bias=None, compiled=False
+):
     """Log-prob of each token, and entropy, for logits = (hidden @ weight.T + bias) / temperature.
 
     The same as `tricks.token_logprobs` and `tricks.entropy`, but the logits never exist in full:
@@ -39,7 +41,9 @@ def linear_logprobs(hidden, weight, token_ids, temperature=1.0, chunk=1024, bias
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     shared = torch.promote_types(hidden.dtype, weight.dtype)
     dtype = torch.promote_types(shared, torch.float32)
-    block = -(-chunk // 8)  # rows with a temporary copy at a time: an eighth of a chunk
+    grad_dtype = shared if hidden.is_cuda else dtype  # tensor cores multiply halves
+    # Rows with temporary copies at a time: few enough for a CPU's cache.
+    block = max(1, min(-(-chunk // 8), 2**20 // len(weight)))
 
     def product(a, b):
         if a.is_cuda and shared in (torch.float16, torch.bfloat16):
@@ -47,11 +51,54 @@ def linear_logprobs(hidden, weight, token_ids, temperature=1.0, chunk=1024, bias
             return torch.mm(a, b, out_dtype=dtype)
         return torch.mm(a.to(dtype), b.to(dtype))
 
-    def scaled_logits(hidden, weight, bias):
-        logits = product(hidden, weight.t())
-        if bias is not None:
-            logits.add_(bias)
-        return logits.div_(temperature) if temperature != 1 else logits
+    def add_product(total, a, b):
+        if b.dtype == dtype:
+            total.addmm_(a, b)  # no second [V, D]
+        elif b.is_cuda:
+            torch.addmm(total, a, b, out_dtype=dtype, out=total)
+        else:
+            total.add_(product(a, b))
+
+    def scaled(logits, bias):
+        logits = logits if bias is None else logits + bias
+        return logits / temperature if temperature != 1 else logits
+
+    def statistics(logits, bias, token_ids):
+        """Of each row: log-prob, entropy, peak and the sum of exp(logit - peak)."""
+        rows = scaled(logits, bias)
+        peak = rows.amax(dim=-1, keepdim=True)
+        rows = rows - peak
+        exp = rows.exp()  # at most 1: no overflow
+        total = exp.sum(dim=-1)
+        chosen = rows.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+        entropy = total.log() - exp.mul_(rows).sum(dim=-1) / total
+        return chosen - total.log(), entropy, peak.squeeze(-1), total
+
+    def gradient(logits, bias, token_ids, entropy, peak, total, g, h):
+        """By the logits [rows, V], from g by the log-prob and h (or None) by the entropy."""
+        entropy, peak, total, g = (x.unsqueeze(-1) for x in (entropy, peak, total, g / temperature))
+        h = None if h is None else h.unsqueeze(-1) / temperature
+
+        def without_onehot(logits, bias):
+            # p = exp(logit - peak) / total. Never subtract peak + log(total) in one: it is rounded
+            # to a part of the peak, and 1 - p can be smaller than that.
+            rows = scaled(logits, bias) - peak
+            factor = -g / total
+            if h is not None:
+                shift = entropy - total.log()
+                factor = (rows + shift).mul_(-h / total).sub_(g / total)
+            return rows.exp().mul_(factor)
+
+        # The chosen token's entry is rounded to half precision after g is added, not before.
+        ids = token_ids.unsqueeze(-1)
+        chosen = without_onehot(logits.gather(-1, ids), bias if bias is None else bias[ids]) + g
+        result = without_onehot(logits, bias).to(grad_dtype)
+        return result.scatter_(-1, ids, chosen.to(grad_dtype))
+
+    if compiled:  # one pass over a chunk instead of ten, without temporary copies
+        block = chunk
+        statistics = torch.compile(statistics, dynamic=True)
+        gradient = torch.compile(gradient, dynamic=True)
 
     # The class is nested so that the function can be copied alone. Its arguments shadow the names
     # outside on purpose: the class is freed late and must not hold tensors.
@@ -59,23 +106,16 @@ def linear_logprobs(hidden, weight, token_ids, temperature=1.0, chunk=1024, bias
         @staticmethod
         @torch.autocast(hidden.device.type, enabled=False)
         def forward(ctx, hidden, weight, token_ids, bias):
-            logprobs, entropy, peaks, totals = (
-                hidden.new_empty(len(hidden), dtype=dtype) for _ in range(4)
-            )
+            results = [hidden.new_empty(len(hidden), dtype=dtype) for _ in range(4)]
             for start in range(0, len(hidden), chunk):
-                logits = scaled_logits(hidden[start : start + chunk], weight, bias)
+                logits = product(hidden[start : start + chunk], weight.t())
                 for i, rows in enumerate(logits.split(block)):
                     part = slice(start + i * block, start + i * block + len(rows))
-                    peak = rows.amax(dim=-1, keepdim=True)
-                    exp = rows.sub_(peak).exp()  # at most 1: no overflow
-                    total = exp.sum(dim=-1)
-                    chosen = rows.gather(-1, token_ids[part].unsqueeze(-1)).squeeze(-1)
-                    logprobs[part] = chosen - total.log()
-                    entropy[part] = total.log() - exp.mul_(rows).sum(dim=-1) / total
-                    peaks[part] = peak.squeeze(-1)
-                    totals[part] = total
+                    for result, found in zip(results, statistics(rows, bias, token_ids[part])):
+                        result[part] = found
                 del logits, rows  # free them before the next chunk is computed
-            ctx.save_for_backward(hidden, weight, token_ids, bias, peaks, totals, entropy)
+            logprobs, entropy, peak, total = results
+            ctx.save_for_backward(hidden, weight, token_ids, bias, entropy, peak, total)
             ctx.set_materialize_grads(False)  # an unused output costs nothing in backward
             return logprobs, entropy
 
@@ -83,41 +123,32 @@ def linear_logprobs(hidden, weight, token_ids, temperature=1.0, chunk=1024, bias
         @torch.autograd.function.once_differentiable
         @torch.autocast(hidden.device.type, enabled=False)
         def backward(ctx, grad_logprobs, grad_entropy):
-            hidden, weight, token_ids, bias, peaks, totals, entropy = ctx.saved_tensors
+            hidden, weight, token_ids, bias, entropy, peak, total = ctx.saved_tensors
             need_hidden, need_weight, _, need_bias = ctx.needs_input_grad
             grad_hidden = torch.empty_like(hidden, dtype=dtype) if need_hidden else None
             grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
             grad_bias = torch.zeros_like(bias, dtype=dtype) if need_bias else None
             if grad_logprobs is None:
                 grad_logprobs = torch.zeros_like(entropy)
+            of_rows = (token_ids, entropy, peak, total, grad_logprobs, grad_entropy)
             for start in range(0, len(hidden), chunk):
                 inputs = hidden[start : start + chunk]
-                # In turn, the same memory holds the logits, log p, p and the gradient.
-                grad = scaled_logits(inputs, weight, bias)
+                grad = product(inputs, weight.t())  # the logits, then their gradient
                 for i, rows in enumerate(grad.split(block)):
                     part = slice(start + i * block, start + i * block + len(rows))
-                    # p = exp(logit - peak) / total. Never subtract peak + log(total) in one: it is
-                    # rounded to a part of the peak, and 1 - p can be smaller than that.
-                    rows.sub_(peaks[part].unsqueeze(-1))
-                    total = totals[part].unsqueeze(-1)
-                    g = grad_logprobs[part].unsqueeze(-1) / temperature
-                    factor = -g / total
-                    if grad_entropy is not None:
-                        h = grad_entropy[part].unsqueeze(-1) / temperature
-                        shift = entropy[part].unsqueeze(-1) - total.log()
-                        factor = (rows + shift).mul_(-h / total).sub_(g / total)
-                    rows.exp_().mul_(factor).scatter_add_(-1, token_ids[part].unsqueeze(-1), g)
-                del rows
+                    found = gradient(rows, bias, *(x if x is None else x[part] for x in of_rows))
+                    if block < chunk:
+                        rows.copy_(found)
+                    else:
+                        grad = found
+                grad = grad.to(grad_dtype)
+                del rows, found
                 if need_bias:
-                    grad_bias.add_(grad.sum(dim=0))
-                if grad.is_cuda:
-                    grad = grad.to(shared)  # tensor cores multiply halves; a no-op in float32
+                    grad_bias.add_(grad.sum(dim=0, dtype=dtype))
                 if need_hidden:
                     grad_hidden[start : start + chunk] = product(grad, weight)
-                if need_weight and inputs.dtype == dtype:
-                    grad_weight.addmm_(grad.t(), inputs)  # no second [V, D]
-                elif need_weight:
-                    grad_weight.add_(product(grad.t(), inputs))
+                if need_weight:
+                    add_product(grad_weight, grad.t(), inputs)
                 del grad
             # autograd casts them to the dtypes of the inputs
             return grad_hidden, grad_weight, None, grad_bias
