@@ -49,7 +49,7 @@ from support.response import Response
 from support.rewards import Grader
 from support.run import Run
 from support.samplers import Sampling
-from support.util import compute_device, compute_dtype, permutation, seed_for
+from support.util import compute_device, compute_dtype, logits_at_a_time, permutation, seed_for
 
 # ---- 1. config -----------------------------------------------------------------------------------
 
@@ -126,6 +126,7 @@ class System:
     sampler: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vllm where it runs
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 on GPUs
     micro_batch_tokens: int = 16384  # tokens of one forward and backward pass per rank
+    compile: Literal["auto", "on", "off"] = "auto"  # compile the blocks; auto: on GPUs
     activation_checkpointing: bool = True  # recompute blocks in the backward pass: less memory
     shard_ranks: int = 0  # ranks that share one copy of the model; 0: all; 8: a copy per 8 ranks
     cpu_offload: bool = False  # parameters, gradients and optimizer state live in host memory
@@ -200,13 +201,13 @@ class MicroBatch:
     ref_logprobs: torch.Tensor | None = None  # [R] the initial model's
 
 
-DUMMY = Response(Problem({}, [0]), np.zeros(1), np.zeros(1), truncated=False, text="", score=0.0)
+DUMMY = Response(Problem({}, [0, 0]), np.zeros(1), np.zeros(1), False, text="", score=0.0)
 
 
 def make_micro_batch(responses, indices, advantages, weights, device) -> MicroBatch:
     """Pack the responses of these indices into one row.
 
-    Without any, pack a one-token dummy: FSDP waits for every rank, so every rank must run the pass.
+    Without any, pack a dummy: FSDP waits for every rank, so every rank must run the pass.
     advantages, weights: one per response of the step, then a 0 for the dummy (index -1).
     """
     chosen = [responses[i] for i in indices] or [DUMMY]
@@ -231,7 +232,7 @@ def make_micro_batch(responses, indices, advantages, weights, device) -> MicroBa
     )
 
 
-def response_logprobs(model, batch: MicroBatch, temperature: float):
+def response_logprobs(model, compiled: bool, batch: MicroBatch, temperature: float):
     """Log-prob and entropy of each response token, both [R]."""
     hidden = model.base_model(
         input_ids=batch.token_ids[None],
@@ -240,8 +241,9 @@ def response_logprobs(model, batch: MicroBatch, temperature: float):
         micro_batch=batch,  # for packed.packed_attention
     ).last_hidden_state[0, batch.predict]
     head = model.get_output_embeddings()
-    chunk = max(64, 2**26 // model.config.vocab_size)  # 256 MiB of float32 logits at a time
-    return linear_logprobs(hidden, head.weight, batch.targets, temperature, chunk, head.bias)
+    chunk = max(64, logits_at_a_time(hidden.device) // model.config.vocab_size)
+    options = dict(temperature=temperature, chunk=chunk, bias=head.bias, compiled=compiled)
+    return linear_logprobs(hidden, head.weight, batch.targets, **options)
 
 
 def shard_model(model, cfg: Config, device: torch.device, trainable: bool) -> None:
@@ -260,11 +262,14 @@ def shard_model(model, cfg: Config, device: torch.device, trainable: bool) -> No
         reshard_after_forward=True,
     )
     if cfg.activation_checkpointing and trainable:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        packed.checkpoint_blocks(model)
+    compiled = cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
+    if compiled:
+        packed.compile_blocks(model)
     for block in packed.blocks(model):
         fsdp.fully_shard(block, **options)
     fsdp.fully_shard(model, **options)
-    model.response_logprobs = functools.partial(response_logprobs, model)
+    model.response_logprobs = functools.partial(response_logprobs, model, compiled)
     # FSDP gathers weights before forward() only, so this method is registered too.
     fsdp.register_fsdp_forward_method(model, "response_logprobs")
 

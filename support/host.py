@@ -1,5 +1,6 @@
-"""Host memory that is still free."""
+"""The machine: host memory that is still free, and the folder for what later runs need again."""
 
+import os
 from pathlib import Path
 
 CGROUPS = {  # version: folder, limit, usage, and in memory.stat the part that is only file cache
@@ -54,3 +55,9 @@ def read_fields(path: Path) -> dict[str, int]:
     """The numbers of a file with lines such as "MemAvailable: 123 kB", by name."""
     fields = (line.split() for line in path.read_text().splitlines())
     return {words[0].rstrip(":"): int(words[1]) for words in fields if len(words) > 1}
+
+
+def cache_folder() -> Path:
+    """Where what is made once stays for later runs: LITE_PPO_CACHE, or lite-ppo in ~/.cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lite-ppo")
+    return Path(os.environ.get("LITE_PPO_CACHE") or default).expanduser()

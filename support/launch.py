@@ -35,6 +35,7 @@ TOY_DEFAULTS: dict[str, Any] = dict(
     lr=5e-4,
     warmup_steps=5,
     eval_size=200,
+    compile="off",
     activation_checkpointing=False,
 )
 

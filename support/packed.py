@@ -5,12 +5,15 @@ inside functions, because the import takes seconds.
 """
 
 import copy
-import inspect
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+from support import flash
 
 # ---- build ---------------------------------------------------------------------------------------
 
@@ -29,7 +32,8 @@ def build(
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
 
-    AttentionInterface.register("packed", packed_attention)
+    # Compiled blocks call it as it is: the number of sequences changes with every micro-batch.
+    AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
     config = without_dropout(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -61,6 +65,23 @@ def without_dropout(config):
 def blocks(model) -> list[torch.nn.Module]:
     """The layers that sharding gathers one by one; empty if the model has no list of them."""
     return list(getattr(model.base_model, "layers", []))
+
+
+def checkpoint_blocks(model) -> None:
+    """Recompute the blocks in the backward pass, except attention: its output is kept.
+
+    The time of attention grows with the square of the length, its output does not.
+    """
+    operators = flash.saved_operators()
+    contexts = functools.partial(create_selective_checkpoint_contexts, operators)
+    options = dict(use_reentrant=False, context_fn=contexts)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def compile_blocks(model) -> None:
+    """Compile each block for all lengths. Blocks with the same code are compiled once."""
+    for block in blocks(model):
+        block.compile(dynamic=True)
 
 
 def stored_state(model) -> dict[str, torch.Tensor]:
@@ -96,7 +117,10 @@ def packed_attention(
     window = kwargs.pop("sliding_window", None)
     refuse_unknown(module, kwargs, query.shape[-1], value.shape[-1])
     if query.is_cuda:
-        return packed_attention_on_gpu(query, key, value, micro_batch, scaling, window), None
+        row = [x[0].transpose(0, 1) for x in (query, key, value)]  # [T, H, D]
+        longest = max(micro_batch.lengths)
+        out = flash.attention(*row, micro_batch.cu_seqlens, longest, scaling, window)
+        return out[None], None
     sequences = zip(
         query.split(micro_batch.lengths, 2),
         key.split(micro_batch.lengths, 2),
@@ -135,24 +159,3 @@ def causal_attention(query, key, value, scaling, window: int | None) -> torch.Te
         queries = query[:, :, start:end]
         outputs.append(F.scaled_dot_product_attention(queries, keys, values, mask, **options))
     return torch.cat(outputs, 2)
-
-
-def packed_attention_on_gpu(query, key, value, micro_batch, scaling, window) -> torch.Tensor:
-    """packed_attention by the variable-length kernel of torch; the shapes are the same."""
-    from torch.nn.attention.varlen import varlen_attn  # the import takes seconds
-
-    query = query[0].transpose(0, 1)  # [T, H, D]
-    key = key[0].transpose(0, 1)  # [T, H_kv, D]
-    value = value[0].transpose(0, 1)
-    # (tokens before, tokens after) that a token sees besides itself; -1: all
-    options = dict(scale=scaling, window_size=(-1 if window is None else window - 1, 0))
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        options["enable_gqa"] = True
-    else:  # torch 2.11 has no grouped heads here
-        repeats = query.shape[1] // key.shape[1]
-        key = key.repeat_interleave(repeats, 1)
-        value = value.repeat_interleave(repeats, 1)
-    cu_seqlens = micro_batch.cu_seqlens
-    longest = max(micro_batch.lengths)
-    out = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)
-    return out[None]

@@ -16,10 +16,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import lite_ppo
 from lite_ppo import Config, MicroBatch, build_policy, make_micro_batch
-from support import metrics, packing
+from support import flash, metrics, packing
 from support.data import Problem
 from support.response import Response
 from support.util import permutation
@@ -292,6 +294,38 @@ def test_gradient_and_metrics_equal_the_formulas(case, micro_batch_tokens, root)
     compared = {name: found.metrics[name] for name in truth.metrics}
     assert compared == pytest.approx(truth.metrics, rel=1e-4, abs=1e-6)
     assert found.clipped == truth.clipped
+
+
+def test_compiled_blocks_have_the_same_gradient(root):
+    found = run_update("token", root, micro_batch_tokens=24, compile="on")
+    assert difference(found, expected("token", root)) <= 1e-5
+
+
+class AttentionCalls(TorchDispatchMode):
+    """Counts the forward passes of attention."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in flash.saved_operators()
+        return function(*args, **(kwargs or {}))
+
+
+def test_backward_recomputes_the_blocks_but_not_attention(root):
+    """The output of attention is kept; everything else of a block is computed again."""
+    calls = {}
+    for checkpointing in (False, True):
+        cfg = config(root, activation_checkpointing=checkpointing)
+        policy = build_policy(cfg, cfg.model, CPU)
+        batch = pack(make_responses())
+        with AttentionCalls() as forward:
+            logprobs, _ = policy.response_logprobs(batch, 1.0)
+        with AttentionCalls() as backward, FlopCounterMode(display=False) as flops:
+            logprobs.sum().backward()
+        calls[checkpointing] = (forward.count, backward.count)
+        calls[checkpointing, "flops"] = flops.get_total_flops()
+    assert calls[False] == calls[True] == (len(batch.lengths) * policy.config.num_hidden_layers, 0)
+    assert calls[True, "flops"] > calls[False, "flops"]
 
 
 def test_every_clip_bound_is_in_use(root):
