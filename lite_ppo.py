@@ -132,6 +132,7 @@ class System:
     cpu_offload: bool = False  # parameters, gradients and optimizer state live in host memory
     max_num_seqs: int = 256  # sequences that the sampler decodes at once, per rank
     gpu_memory_utilization: float = 0.6  # share of the GPU that vLLM takes while it samples
+    kv_cache_gib: float = 0.0  # a fixed cache for vLLM, where runs share a GPU; 0: from that share
     max_logprob_gap: float = 0.0  # largest mean, nats; 0: 1e-3 in float32, 0.03 in bfloat16
     timeout_minutes: float = 30.0  # the run ends when a rank makes no progress for so long
 

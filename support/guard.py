@@ -52,7 +52,7 @@ tidy.calls = 0  # in this process
 # ---- error messages ------------------------------------------------------------------------------
 
 REMEDIES = {  # phase: what reduces its memory
-    "start": "more ranks, --cpu-offload, or a lower --gpu-memory-utilization",
+    "start": "more ranks, --cpu-offload, or a lower --gpu-memory-utilization or --kv-cache-gib",
     "rollout": "a lower --max-num-seqs or --gpu-memory-utilization",
     "logprobs": "a lower --micro-batch-tokens",
     "update": "a lower --micro-batch-tokens, --activation-checkpointing, more ranks, "
@@ -66,6 +66,10 @@ OUT_OF_MEMORY = (  # parts of messages, from torch, the operating system and vLL
     "Cannot allocate memory",
     "No available memory for the cache blocks",
     "desired GPU memory utilization",
+)
+GPU_IS_SHARED = (  # parts of messages of vLLM, which expects that it is alone on the GPU
+    "Error in memory profiling",
+    "Memory usage increased after sleeping",
 )
 RANK_HAS_ENDED = (  # parts of messages, from gloo and nccl
     "onnection closed by peer",
@@ -97,6 +101,11 @@ def describe(error: BaseException, rank: int) -> str:
     text = f"{type(error).__name__}: {error}"
     if memory := out_of_memory(error):
         return f"{where}: {memory}"
+    if any(part in str(error) for part in GPU_IS_SHARED):
+        return (
+            f"{where}: another process on this GPU changed its memory while vLLM measured it; "
+            f"--kv-cache-gib lets runs share a GPU ({text.splitlines()[0][:200]})"
+        )
     if rank_has_ended(error):
         return f"{where}: another rank has ended ({text.splitlines()[0][:200]})"
     if isinstance(error, OSError):  # a full disk, a lost mount

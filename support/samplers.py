@@ -338,14 +338,11 @@ class VllmSampler:
         self.eos_ids = eos_ids
         config = AutoConfig.from_pretrained(path)
         max_model_len = cfg.max_prompt_tokens + cfg.max_new_tokens
-        if self.cuda:
-            options = dict(
-                gpu_memory_utilization=cfg.gpu_memory_utilization, enable_sleep_mode=True
-            )
-        else:
+        if not self.cuda:
             register_models(config.architectures)
-            two_responses = 2 * max_model_len * cache_bytes(config, dtype)
-            options = dict(enforce_eager=True, kv_cache_memory_bytes=max(2**28, two_responses))
+        two_responses = 2 * max_model_len * cache_bytes(config, dtype)
+        options = memory_options(cfg, device, two_responses)
+        self.sleeps = "enable_sleep_mode" in options
         self.llm = LLM(
             model=path,
             load_format="dummy",  # the weights come from the trainer
@@ -361,13 +358,14 @@ class VllmSampler:
 
     def load_weights(self, weights: Weights) -> None:
         """Wake up and copy the trainer's weights. RuntimeError if old cache entries remain."""
-        if self.cuda:
+        if self.sleeps:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
         with torch.no_grad():
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.cuda:
             torch.cuda.empty_cache()
+        if self.sleeps:
             self.llm.wake_up(tags=["kv_cache"])
         if not self.llm.reset_prefix_cache():
             raise RuntimeError(
@@ -377,7 +375,7 @@ class VllmSampler:
 
     def sleep(self) -> None:
         """Free memory for the update: drop weights and cache, until load_weights()."""
-        if self.cuda:
+        if self.sleeps:
             self.llm.sleep(level=2)
 
     def generate(
@@ -416,6 +414,23 @@ class VllmSampler:
     def close(self) -> None:
         """End the engine. This also ends torch.distributed."""
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def memory_options(cfg, device: torch.device, two_responses: int) -> dict[str, Any]:
+    """How vLLM gets its memory. two_responses: bytes of keys and values of two long responses.
+
+    From a share of the GPU, vLLM measures how much the model leaves, and it checks the free memory
+    of the whole GPU when it starts and when it sleeps. Both fail if another process changes its
+    own memory at that moment. With a fixed cache vLLM measures nothing and keeps its memory.
+    """
+    fixed = int(cfg.kv_cache_gib * 2**30)
+    if device.type != "cuda":
+        return dict(enforce_eager=True, kv_cache_memory_bytes=fixed or max(2**28, two_responses))
+    if not fixed:
+        return dict(gpu_memory_utilization=cfg.gpu_memory_utilization, enable_sleep_mode=True)
+    # vLLM does not start unless this share of the GPU is free.
+    share = min(1.0, fixed / torch.cuda.get_device_properties(device).total_memory)
+    return dict(kv_cache_memory_bytes=fixed, gpu_memory_utilization=share)
 
 
 def register_models(architectures: list[str]) -> None:
@@ -500,7 +515,7 @@ def make(name: str, cfg, path: str, eos_ids: list[int], device: torch.device, dt
     """The sampler with this name, without weights. The caller must load them.
 
     path: the model folder. eos_ids: any of them ends a response. Fields of cfg that are read:
-    seed, max_prompt_tokens, max_new_tokens, max_num_seqs, gpu_memory_utilization.
+    seed, max_prompt_tokens, max_new_tokens, max_num_seqs, gpu_memory_utilization, kv_cache_gib.
     """
     if name == "vllm":
         return VllmSampler(cfg, path, eos_ids, device, dtype)

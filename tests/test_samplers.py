@@ -17,7 +17,7 @@ from transformers import AutoConfig, DynamicCache
 
 import lite_ppo
 from lite_ppo import Problem, Response, build_policy, full_weights, make_micro_batch
-from support import models, samplers, toy
+from support import guard, models, samplers, toy
 from support.errors import UserError
 from support.samplers import Sample, Sampling
 from tests import faulty
@@ -266,6 +266,35 @@ def test_cache_with_spare_room_equals_the_one_of_transformers(root):
 
 
 # ---- the choice of the engine --------------------------------------------------------------------
+
+
+def test_fixed_cache_lets_vllm_share_a_gpu(monkeypatch):
+    gpu = torch.device("cuda")
+    card = SimpleNamespace(total_memory=100 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+
+    alone = SimpleNamespace(kv_cache_gib=0.0, gpu_memory_utilization=0.6)
+    measured = dict(gpu_memory_utilization=0.6, enable_sleep_mode=True)
+    assert samplers.memory_options(alone, gpu, 1) == measured
+
+    beside = SimpleNamespace(kv_cache_gib=2.5, gpu_memory_utilization=0.6)
+    fixed = samplers.memory_options(beside, gpu, 1)
+    assert fixed["kv_cache_memory_bytes"] == 2.5 * 2**30  # so vLLM does not measure
+    assert fixed["gpu_memory_utilization"] == 0.025  # what must be free is the cache
+    assert "enable_sleep_mode" not in fixed  # falling asleep measures, too
+
+    sizes = [(alone, 1, 2**28), (alone, 2**30, 2**30), (beside, 2**30, 2.5 * 2**30)]
+    for cfg, two_responses, size in sizes:
+        assert samplers.memory_options(cfg, CPU, two_responses)["kv_cache_memory_bytes"] == size
+
+
+@pytest.mark.parametrize(
+    "text", ["Error in memory profiling. Initial free", "Memory usage increased after sleeping."]
+)
+def test_shared_gpu_is_one_message_with_the_remedy(text):
+    message = guard.describe(AssertionError(text), 0)
+    assert "--kv-cache-gib lets runs share a GPU" in message and text in message
+    assert "\n" not in message
 
 
 def test_missing_vllm_is_one_message(root):
