@@ -128,12 +128,12 @@ class Run:
         return f"{self.environment}/{self.setting}/{self.seed}"
 
 
-def cells(environments, settings, seeds) -> list[Run]:
-    """Every combination."""
+def cells(environments, settings, seeds, flags_of=ENVIRONMENTS) -> list[Run]:
+    """Every combination. flags_of: the flags of each environment."""
     runs = []
     for env in environments:
         for setting in settings:
-            flags = f"{ENVIRONMENTS[env]} {SETTINGS[setting]}"
+            flags = f"{flags_of[env]} {SETTINGS[setting]}"
             runs += [Run(env, setting, seed, flags) for seed in seeds]
     return runs
 
@@ -148,11 +148,11 @@ def sweep(seeds) -> list[Run]:
     return runs
 
 
-def best_rate(rows: list[dict], method: str) -> str:
-    """The rate with the highest mean final accuracy in the sweep; the lowest one if several tie."""
-    best = RATES[0]
+def best_rate(rows: list[dict], method: str, rates=RATES) -> str:
+    """The rate with the highest mean final accuracy in the sweep; the first one if several tie."""
+    best = rates[0]
     highest = -1.0
-    for rate in RATES:
+    for rate in rates:
         name = f"{method} at {rate}"
         found = [row["final"]["accuracy"] for row in rows if row["setting"] == name]
         if found and statistics.mean(found) > highest:

@@ -3,16 +3,12 @@
     python experiments/run.py                      # every question on the toy; resumable
     python experiments/run.py --reduced            # one environment of each kind, two seeds
     python experiments/run.py --only clip methods  # some of the questions
-    python experiments/run.py --models Qwen/Qwen3-4B-Base Qwen/Qwen3-4B \\
-        --train-data easy medium hard --eval-data math500 aime24 amc23 \\
-        --launch "torchrun --nproc-per-node 8" --flags "--steps 200 --minibatches 4" \\
-        --results qwen3.jsonl                      # real models
 
 A run is lite_ppo.py with the flags of an environment (model, data) and of a setting (one trick
-switched). Exception: the settings of definitions.py replace the advantage. On the toy, each run is
-a fork of this process with one thread. On real models, each run is a command. A finished run is
-one line of the results file: flags, changed settings, curves, final figures. A second call makes
-only the missing runs. plot.py turns the file into figures and tables.
+switched). Exception: the settings of definitions.py replace the advantage. Each run is a fork of
+this process with one thread; those of real.py are commands. A finished run is one line of the
+results file: flags, changed settings, curves, final figures. A second call makes only the missing
+runs. plot.py turns the file into figures and tables.
 """
 
 import argparse
@@ -20,8 +16,10 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import math
 import multiprocessing as mp
 import os
+import re
 import shlex
 import shutil
 import statistics
@@ -40,20 +38,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from definitions import DEFINITIONS, OtherStd
-from grid import (
-    ISOLATED,
-    METHODS,
-    QUESTIONS,
-    SETTINGS,
-    Run,
-    current_flags,
-    questions,
-    reduced_questions,
-)
+from grid import QUESTIONS, Run, current_flags, questions, reduced_questions
 from tqdm import tqdm
 
 import lite_ppo
 from support import toy
+from support.checkpoints import checkpoints
 from support.logs import read_jsonl
 
 HERE = Path(__file__).resolve().parent
@@ -62,12 +52,9 @@ CURVES = """
 reward/mean reward/std reward/std_within reward/solve_all reward/solve_none
 response/length_mean response/truncated response/looping
 policy/entropy policy/clip_low policy/clip_high policy/approx_kl policy/grad_norm
-rollout/responses
+rollout/responses rollout/logprob_gap_mean time/step
 """.split()
 LATE = CURVES[5:]  # the final figures: mean of the last quarter of the run
-
-MODEL_SETTINGS = {name: flags for name, flags in SETTINGS.items() if name not in DEFINITIONS}
-MODEL_SETTINGS |= {f"preset {name}": flags for name, flags in METHODS.items()}
 
 PRELOADED = [  # slow imports that every fork would repeat
     "matplotlib.figure",
@@ -118,12 +105,19 @@ def clipped_tokens(folder: Path) -> dict[str, list]:
     return {side: counter.most_common(20) for side, counter in counts.items()}
 
 
+def without_folders(value):
+    """A setting without the folders of this machine: NAME=/a/b.jsonl is NAME=b.jsonl."""
+    if isinstance(value, list):
+        return [without_folders(part) for part in value]
+    return re.sub(r"(^|=)/.*/", r"\1", value) if isinstance(value, str) else value
+
+
 def changed_settings(folder: Path) -> dict:
     """The settings of a run that differ from the defaults."""
     defaults = json.loads(json.dumps(dataclasses.asdict(lite_ppo.Config())))
     config = json.loads((folder / "config.json").read_text())
     return {
-        key: value
+        key: without_folders(value)
         for key, value in config.items()
         if value != defaults.get(key) and key != "output_dir"
     }
@@ -187,9 +181,14 @@ def launched(command: list[str], console: Path) -> None:
     sys.exit(done.returncode)
 
 
-def last_line(console: Path) -> str:
-    lines = [line for line in console.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][-300:] if lines else "no output"
+LAST_LINES = 40  # of a failed run, which are kept
+
+
+def last_lines(console: Path) -> list[str]:
+    """The end of a run's output. Of a progress bar, only its last state."""
+    text = console.read_text(errors="replace") if console.exists() else ""
+    lines = [line.rsplit("\r", 1)[-1] for line in text.replace("\r\n", "\n").split("\n")]
+    return [line[-300:] for line in lines if line.strip()][-LAST_LINES:] or ["no output"]
 
 
 @dataclass
@@ -211,16 +210,24 @@ class Pool:
     jobs: int = 1
     launch: str = ""  # the command that starts a run; empty: fork this process
     keep: bool = False  # keep the run directories
+    keep_models: bool = True  # and the weights in them
+    flags: str = ""  # of every run: what does not change the result, such as paths
+    stagger: float = 0  # seconds between two starts
+    deadline: float = math.inf  # no run starts later
+
+    def folder_of(self, run: Run) -> Path:
+        return self.folder / run.name.replace("/", "-").replace(" ", "_")
 
     def start(self, run: Run) -> Started:
-        folder = self.folder / run.name.replace("/", "-").replace(" ", "_")
+        folder = self.folder_of(run)
         if not self.keep:  # left by a grid that was killed
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         target, args = child, (run, folder)
         if self.launch:
             script = str(HERE.parent / "lite_ppo.py")
-            command = [*shlex.split(self.launch), script, *arguments(run, folder)]
+            flags = [*shlex.split(self.flags), *arguments(run, folder)]
+            command = [*shlex.split(self.launch), script, *flags]
             target, args = launched, (command, folder / "console")
         process = mp.get_context("fork").Process(target=target, args=args)
         process.start()
@@ -231,8 +238,7 @@ class Pool:
         started.process.join()
         code, folder = started.process.exitcode, started.folder
         if code:
-            console = folder / "console"
-            return f"{started.run.name}: exit code {code}, {last_line(console)} (log: {console})"
+            return self.keep_reason(started)
         try:
             row = record(started.run, folder, time.time() - started.began)
         except (OSError, ValueError, KeyError, IndexError) as error:
@@ -242,7 +248,21 @@ class Pool:
             file.write(json.dumps(row) + "\n")
         if not self.keep:
             shutil.rmtree(folder)
+        elif not self.keep_models:
+            for weights in (folder / "final", *checkpoints(folder)):
+                shutil.rmtree(weights, ignore_errors=True)
         return ""
+
+    def keep_reason(self, started: Started) -> str:
+        """Print and store the end of a failed run's output. Returns the failure in words."""
+        lines = last_lines(started.folder / "console")
+        kept = self.results.with_suffix("") / "failed" / f"{started.folder.name}.txt"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for line in lines:
+            tqdm.write(f"    {line}")
+        name, code = started.run.name, started.process.exitcode
+        return f"{name}: exit code {code}, {lines[-1]} (log: {kept})"
 
     def run_all(self, runs: list[Run]) -> list[str]:
         """Make the runs, `jobs` at a time. Returns the failures in words."""
@@ -250,17 +270,19 @@ class Pool:
         running: dict[int, Started] = {}
         failures = []
         with tqdm(total=len(runs), unit="run", dynamic_ncols=True, smoothing=0) as bar:
-            while waiting or running:
-                while waiting and len(running) < self.jobs:
+            while running or (waiting and time.time() < self.deadline):
+                pause = None  # until a run ends
+                if waiting and len(running) < self.jobs and time.time() < self.deadline:
                     started = self.start(waiting.pop())
                     running[started.process.sentinel] = started
-                for sentinel in wait(list(running)):
+                    pause = self.stagger
+                for sentinel in wait(list(running), pause):
                     failure = self.finish(running.pop(sentinel))
                     bar.update()
                     if failure:
                         failures.append(failure)
                         tqdm.write(failure)
-        return failures
+        return failures + [f"{run.name}: not started, the time is over" for run in waiting[::-1]]
 
 
 # ---- the results file ----------------------------------------------------------------------------
@@ -280,8 +302,9 @@ def load(results: Path) -> list[dict]:
     return list(rows.values())
 
 
-def drop_cut_line(results: Path) -> None:
-    """Remove an incomplete last line. Its run is made again."""
+def open_results(results: Path) -> None:
+    """Make the folder, and remove an incomplete last line. Its run is made again."""
+    results.parent.mkdir(parents=True, exist_ok=True)
     if results.exists():
         text = results.read_text(encoding="utf-8")
         if not text.endswith("\n"):
@@ -297,14 +320,19 @@ def complete(runs: list[Run], pool: Pool) -> list[str]:
 
     Seed by seed, so that half a grid is a whole grid with fewer seeds.
     """
+    runs = list(dict.fromkeys(sorted(runs, key=by_seed)))
+    todo = missing(runs, pool.results)
+    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them in {pool.results}")
+    return pool.run_all(todo)
+
+
+def missing(runs: list[Run], results: Path) -> list[Run]:
+    """The runs that have no line, or one with other flags."""
     done = set()
-    for row in load(pool.results):
+    for row in load(results):
         name = f"{row['environment']}/{row['setting']}/{row['seed']}"
         done.add((name, row["flags"]))
-    runs = list(dict.fromkeys(sorted(runs, key=by_seed)))
-    missing = [run for run in runs if (run.name, current_flags(run.flags)) not in done]
-    print(f"{len(runs)} runs, {len(runs) - len(missing)} of them in {pool.results}")
-    return pool.run_all(missing)
+    return [run for run in runs if (run.name, current_flags(run.flags)) not in done]
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -317,62 +345,14 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--only", nargs="+", default=[], metavar="QUESTION", help=", ".join(QUESTIONS))
     add("--reduced", action="store_true", help="one environment of each kind, two seeds")
-    add("--results", type=Path, help="default: results/toy.jsonl, reduced.jsonl or models.jsonl")
+    add("--results", type=Path, help="default: results/toy.jsonl, or reduced.jsonl")
     add("--folder", type=Path, default=HERE.parent / "runs/experiments", help="run directories")
-    add("--keep", action="store_true", help="keep run directories (real models: always kept)")
-    add("--jobs", type=int, help="runs at a time; default: one per core, or 1 with --models")
-    add("--models", nargs="+", help="real models; the flags below need this one")
-    add("--train-data", nargs="+", help="as for lite_ppo.py; one environment each")
-    add("--eval-data", nargs="+", help="as for lite_ppo.py; all of them in each run")
-    settings = f"default: {', '.join(ISOLATED)}; all: {', '.join(MODEL_SETTINGS)}"
-    add("--settings", nargs="+", metavar="SETTING", help=settings)
-    add("--seeds", nargs="+", type=int, help="default: 0 to 4")
-    add("--flags", help="flags for every run")
-    add("--launch", help='starts a run, such as "torchrun --nproc-per-node 8"; default: python')
+    add("--keep", action="store_true", help="keep run directories")
+    add("--jobs", type=int, help="runs at a time; default: one per core")
     args = parser.parse_args()
-    if message := contradiction(args):
-        parser.error(message)
+    if unknown := sorted(set(args.only) - set(QUESTIONS)):
+        parser.error(f"--only {' '.join(unknown)}: the questions are {', '.join(QUESTIONS)}")
     return args
-
-
-def contradiction(args: argparse.Namespace) -> str:
-    """What is wrong with the command line, or nothing."""
-    unknown = sorted(set(args.only) - set(QUESTIONS))
-    if unknown:
-        return f"--only {' '.join(unknown)}: the questions are {', '.join(QUESTIONS)}"
-    if args.models:
-        if args.only or args.reduced or not args.train_data or not args.eval_data:
-            return "--models needs --train-data and --eval-data, and excludes --only and --reduced"
-        for name in args.settings or ():
-            if name not in MODEL_SETTINGS:
-                return f"--settings {name!r}: real models take {', '.join(MODEL_SETTINGS)}"
-        return ""
-    for flag in ("train_data", "eval_data", "settings", "seeds", "flags", "launch"):
-        if getattr(args, flag) is not None:
-            return f"--{flag.replace('_', '-')} needs --models; the toy's grid sets its own"
-    return ""
-
-
-def short_names(models: list[str]) -> dict[str, str]:
-    """The last part of each path, or the whole path where two models share it."""
-    last = {model: Path(model).name for model in models}
-    shared = Counter(last.values())
-    return {model: name if shared[name] == 1 else model for model, name in last.items()}
-
-
-def model_runs(args: argparse.Namespace) -> list[Run]:
-    """The runs of real models, seed by seed."""
-    names = short_names(args.models)
-    runs = []
-    for seed in args.seeds or range(5):
-        for data in args.train_data:
-            for model in args.models:
-                eval_data = " ".join(args.eval_data)
-                flags = f"--model {model} --train-data {data} --eval-data {eval_data}"
-                for setting in args.settings or ISOLATED:
-                    line = f"{flags} {args.flags or ''} {MODEL_SETTINGS[setting]}"
-                    runs.append(Run(f"{data} {names[model]}", setting, seed, line))
-    return runs
 
 
 def stages(only: list[str]) -> list[list[str]]:
@@ -404,37 +384,30 @@ def flag_value(run: Run, flag: str) -> str:
     return words[words.index(flag) + 1]
 
 
-def default_results(args: argparse.Namespace) -> Path:
-    if args.models:
-        return HERE / "results/models.jsonl"
-    return HERE / ("results/reduced.jsonl" if args.reduced else "results/toy.jsonl")
-
-
 def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def main() -> int:
-    args = parse_arguments()
-    began = time.time()
-    results = args.results or default_results(args)
-    results.parent.mkdir(parents=True, exist_ok=True)
-    drop_cut_line(results)
-    if args.models:
-        launch = args.launch or sys.executable
-        pool = Pool(results, args.folder, args.jobs or 1, launch, keep=True)
-        failures = complete(model_runs(args), pool)
-    else:
-        preload()
-        pool = Pool(results, args.folder, args.jobs or cores(), keep=args.keep)
-        failures = run_toy(pool, args.only, args.reduced)
+def report(failures: list[str], results: Path, began: float) -> int:
+    """Print how it went. Returns the exit code."""
     print(f"{time.time() - began:.0f} s; results in {results}")
     print(f"figures: python experiments/plot.py --results {results}")
     for failure in failures:
         print(failure)
     return 1 if failures else 0
+
+
+def main() -> int:
+    args = parse_arguments()
+    began = time.time()
+    default = HERE / ("results/reduced.jsonl" if args.reduced else "results/toy.jsonl")
+    results = args.results or default
+    open_results(results)
+    preload()
+    pool = Pool(results, args.folder, args.jobs or cores(), keep=args.keep)
+    return report(run_toy(pool, args.only, args.reduced), results, began)
 
 
 if __name__ == "__main__":

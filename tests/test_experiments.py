@@ -26,6 +26,7 @@ import figures  # noqa: E402
 import findings  # noqa: E402
 import grid  # noqa: E402
 import plot  # noqa: E402
+import real  # noqa: E402
 import run  # noqa: E402
 import tables  # noqa: E402
 
@@ -514,32 +515,41 @@ def tiny(tmp_path_factory) -> Path:
 
 def test_real_models_run_once_and_failed_runs_are_repeated(tiny, monkeypatch):
     monkeypatch.chdir(tiny)
-    models = "--models model --train-data data.jsonl --eval-data data.jsonl --seeds 3"
-    files = "--results r.jsonl --folder runs --jobs 2"
-    words = [*models.split(), *files.split(), "--settings", "lite_ppo", "group std"]
-    script = EXPERIMENTS / "run.py"
+    data = f"--model model --train-data {tiny}/data.jsonl --eval-data one={tiny}/data.jsonl"
+    which = "--only switches --switches lite_ppo --seeds 3 --steps 2 --lr 1e-3"
+    files = "--results r.jsonl --folder runs --jobs 2 --stagger 0"
+    words = f"{data} {which} {files}".split()
+    tiny_flags = TINY.replace("--steps 2 ", "").replace("--lr 1e-3 ", "")
+    script = EXPERIMENTS / "real.py"
     results = tiny / "r.jsonl"
 
-    only_one = words[:-1]  # setting
-    broken = forks.run_script(script, *only_one, "--flags", TINY + " --lr -1").wait()
-    assert broken.returncode == 1 and "--lr -1.0: must be at least 0" in broken.stdout
+    broken = forks.run_script(script, *words, "--flags", tiny_flags + " --top-p 0").wait()
+    assert broken.returncode == 1
+    kept = (tiny / "r/failed/data_model-lite_ppo-3.txt").read_text()
+    for text in (broken.stdout, kept):  # the reason is printed, and kept
+        assert "--top-p 0.0: must be positive" in text
     assert run.load(results) == []
 
-    assert forks.run_script(script, *words, "--flags", TINY).wait().returncode == 0
+    words.insert(words.index("lite_ppo"), "group std")
+    made = forks.run_script(script, *words, "--flags", tiny_flags).wait()
+    assert made.returncode == 0, made.stdout
     rows = {row["setting"]: row for row in run.load(results)}  # in any order: two ran side by side
     assert set(rows) == {"lite_ppo", "group std"}
     assert "advantage_std" not in rows["lite_ppo"]["config"]
     assert rows["group std"]["config"]["advantage_std"] == "group"
     for row in rows.values():
-        assert row["environment"] == "data.jsonl model" and row["seed"] == 3
-        assert row["config"]["seed"] == 3 and row["evaluation"]["step"] == [0, 2]
+        assert row["environment"] == "data model" and row["seed"] == 3
+        assert row["config"]["seed"] == 3 and row["evaluation"]["step"] == [0, 1, 2]
         assert all(len(row["curve"][name]) == 2 for name in run.CURVES)
+        assert row["config"]["eval_data"] == ["one=data.jsonl"]  # without the folder
+        assert str(tiny) not in json.dumps(row)
 
     results.write_text(results.read_text() + '{"cut off')
-    again = forks.run_script(script, *words, "--flags", TINY).wait()
+    again = forks.run_script(script, *words, "--flags", tiny_flags).wait()
     assert again.returncode == 0 and "2 runs, 2 of them in r.jsonl" in again.stdout
-    for setting in ("lite_ppo", "group_std"):  # run directories of real models are kept
-        assert (tiny / f"runs/data.jsonl_model-{setting}-3/final/config.json").exists()
+    for setting in ("lite_ppo", "group_std"):  # the logs are kept, the weights are not
+        left = {path.name for path in (tiny / f"runs/data_model-{setting}-3").iterdir()}
+        assert "metrics.jsonl" in left and "final" not in left
 
 
 class Recorder:
@@ -567,35 +577,130 @@ def call_run(monkeypatch, folder: Path, *flags: str) -> int:
     return run.main()
 
 
-MODEL_DATA = "--train-data a.jsonl --eval-data b.jsonl c.jsonl --seeds 7".split()
+REAL = "--model runs/a/final --train-data /d/gsm.jsonl --eval-data t=/d/t.jsonl".split()
 
 
-def test_models_with_the_same_name_are_named_by_their_path(recorder, tmp_path, monkeypatch):
-    models = ["--models", "runs/a/final", "runs/b/final", "Qwen/Qwen3-4B"]
-    settings = ["--settings", "lite_ppo", "preset dapo"]
-    assert call_run(monkeypatch, tmp_path, *models, *MODEL_DATA, *settings) == 0
+def call_real(monkeypatch, folder: Path, *flags: str) -> int:
+    """real.py with these flags."""
+    words = ["real.py", *REAL, "--results", str(folder / "r.jsonl"), *flags]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return real.main()
+
+
+def values_of(flags: str, flag: str) -> list[str]:
+    """Every value that a flag is given; the last one counts."""
+    words = flags.split()
+    return [words[i + 1] for i, word in enumerate(words) if word == flag]
+
+
+def learning(flags: str) -> lite_ppo.Config:
+    """The settings of a run."""
+    words = flags.split()
+    return launch.parse_config(lite_ppo.Config, lite_ppo.PRESETS, ["--train-data", "f", *words])
+
+
+def test_methods_on_a_real_model_have_equal_responses_and_optimizer_steps(
+    recorder, tmp_path, monkeypatch
+):
+    words = "--only methods --steps 14 --seeds 4 5 --flags".split()
+    assert call_real(monkeypatch, tmp_path, *words, "--prompts-per-step 32") == 0
     (runs,) = recorder.calls
-    names = [f"a.jsonl {name}" for name in ("runs/a/final", "runs/b/final", "Qwen3-4B")]
-    assert [r.environment for r in runs] == [name for name in names for _ in range(2)]
-    flags = "--model runs/a/final --train-data a.jsonl --eval-data b.jsonl c.jsonl --preset dapo"
-    assert runs[1].flags == flags and runs[1].seed == 7
+    assert {r.setting for r in runs} == set(grid.METHODS) - {"dapo"} and len(runs) == 12
+    assert [r.seed for r in runs] == [4] * 6 + [5] * 6  # seed by seed
+    assert {r.environment for r in runs} == {"gsm final"}
+    budgets = set()
+    for found in (learning(r.flags) for r in runs):
+        assert not found.dynamic_sampling
+        sizes = found.prompts_per_step, found.group_size, found.max_new_tokens
+        budgets.add((*sizes, found.steps, found.minibatches, found.lr, found.eval_every))
+    assert budgets == {(32, 8, 512, 14, 2, 3e-6, 7)}
+
+
+def test_questions_on_a_real_model_change_one_thing(recorder, tmp_path, monkeypatch):
+    words = "--only methods switches clip overlong --seeds 0 --limits 100 900".split()
+    assert call_real(monkeypatch, tmp_path, *words) == 0
+    (runs,) = recorder.calls
+    names = [r.name for r in runs]
+    assert len(names) == len(set(names)) and names.count("gsm final/lite_ppo/0") == 1
+    plain = {r.environment: learning(r.flags) for r in runs if r.setting == "lite_ppo"}
+    assert plain["gsm final, 8 steps"].minibatches == 8
+    limits = [plain[f"gsm final, {n} tokens"].max_new_tokens for n in (100, 900)]
+    assert limits == [100, 900]
+    changes = {}
+    for r in runs:
+        baseline = vars(plain[r.environment])
+        found = vars(learning(r.flags))
+        changes[r.setting] = {key for key in found if found[key] != baseline[key]}
+    assert changes["overlong filter"] == {"overlong_filter"}
+    assert changes["clip 0.28"] == {"clip_high"}
+    assert changes["group std"] == changes["no std"] == {"advantage_std"}
+    assert changes["sequence level"] == {"loss_level"}
+
+
+def swept(method: str, rate: str, accuracy: float) -> str:
+    row = full(f"{method} at {rate}", 101, "gsm final", accuracy=accuracy)
+    return json.dumps(row) + "\n"
+
+
+def test_methods_on_a_real_model_take_the_best_rate_of_the_sweep(recorder, tmp_path, monkeypatch):
+    rows = [swept("grpo", "1e-6", 0.3), swept("grpo", "1e-5", 0.4), swept("rloo", "1e-6", 0.9)]
+    (tmp_path / "r.jsonl").write_text("".join(rows))
+    words = "--methods grpo rloo lite_ppo --seeds 7 --rates 1e-6 1e-5 --only".split()
+    assert call_real(monkeypatch, tmp_path, *words, "sweep", "methods") == 0
+    sweep, runs = recorder.calls
+    assert len(sweep) == 6
+    rates = {r.setting: values_of(r.flags, "--lr") for r in runs}
+    assert rates == {"grpo": ["1e-5"], "rloo": ["1e-6"], "lite_ppo": ["3e-6"]}
+
+    recorder.failures = ["gsm final/grpo at 1e-6/101: exit code 1"]  # no rate without its sweep
+    assert call_real(monkeypatch, tmp_path, *words, "sweep", "methods") == 1
+    assert len(recorder.calls) == 3
+
+
+def test_runs_beyond_the_time_are_not_started(tmp_path):
+    runs = grid.cells(grid.PAIR[:1], ["lite_ppo"], [1, 2])
+    pool = run.Pool(tmp_path / "r.jsonl", tmp_path, jobs=2, deadline=0)
+    assert pool.run_all(runs) == [f"{r.name}: not started, the time is over" for r in runs]
+
+
+def test_unfinished_runs_can_be_read(tmp_path, monkeypatch):
+    folder = tmp_path / "runs/gsm_final-lite_ppo-0"
+    folder.mkdir(parents=True)
+    step = dict.fromkeys([*run.CURVES, "time/step"], 0.5)
+    log = [{"step": 0, "eval/t/accuracy": 0.2}, {"step": 1, **step}, {"step": 2, **step}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    (folder / "config.json").write_text(json.dumps({"model": "/a/b", "steps": 30}))
+    words = ["--only", "methods", "--folder", str(tmp_path / "runs"), "--partial"]
+    assert call_real(monkeypatch, tmp_path, *words, str(tmp_path / "p.jsonl")) == 0
+    (row,) = run.load(tmp_path / "p.jsonl")
+    assert row["curve"]["policy/entropy"] == [0.5, 0.5] and row["seconds"] == 1
+    assert row["evaluation"] == {"step": [0], "eval/t/accuracy": [0.2]}
+    assert row["config"]["model"] == "b"
+    assert not (tmp_path / "r.jsonl").exists()  # the run is still to be made
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--launch", "torchrun"], "--launch needs --models"),
-        (["--seeds", "1"], "--seeds needs --models"),
-        (["--only", "clap"], "--only clap: the questions are sweep"),
-        (["--models", "m", *MODEL_DATA, "--reduced"], "excludes --only and --reduced"),
-        (["--models", "m"], "needs --train-data"),
-        (["--models", "m", *MODEL_DATA, "--settings", "std: ddof 0"], "real models take"),
+        (["--methods", "ppo"], "invalid choice: 'ppo'"),
+        (["--switches", "std: ddof 0"], "invalid choice: 'std: ddof 0'"),
+        (["--jobs", "0"], "--jobs 0 --steps 30: must be at least 1"),
+        (["--flags", "--group-size 4 --lr 1"], "--flags --lr: real.py sets it"),
     ],
 )
-def test_flags_that_would_be_ignored_are_refused(tmp_path, monkeypatch, capsys, flags, message):
+def test_mistakes_in_the_flags_of_real_models_are_refused(
+    tmp_path, monkeypatch, capsys, flags, message
+):
     with pytest.raises(SystemExit):
-        call_run(monkeypatch, tmp_path, *flags)
+        call_real(monkeypatch, tmp_path, *flags)
     assert message in capsys.readouterr().err
+
+
+def test_unknown_questions_are_refused(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        call_run(monkeypatch, tmp_path, "--only", "clap")
+    assert "--only clap: the questions are sweep" in capsys.readouterr().err
 
 
 def test_an_incomplete_sweep_gives_no_rate(recorder, tmp_path, monkeypatch):

@@ -1,0 +1,222 @@
+"""The comparison on a real model: methods, learning rates and switches.
+
+    python experiments/real.py --model Qwen/Qwen2.5-Coder-0.5B-Instruct \\
+        --train-data gsm8k_train.jsonl --eval-data gsm8k=gsm8k_test.jsonl
+
+    # nine runs side by side on one GPU; each keeps a fixed cache, see --kv-cache-gib
+    python experiments/real.py ... --only methods --methods lite_ppo grpo reinforce --jobs 9 \\
+        --machine "--kv-cache-gib 1.25 --micro-batch-tokens 8192"
+
+    sweep      every method at every rate of --rates, on seeds that no other question uses
+    methods    every method at its best rate of the sweep; without a sweep at --lr
+    switches   Lite PPO with one change
+    clip       Lite PPO and clip-higher, with 8 optimizer steps per rollout
+    overlong   Lite PPO and the overlong filter, with a tight and a loose token limit
+
+All runs of a question have the same number of responses and optimizer steps, unless --methods
+names dapo: it replaces groups without a signal, so it samples more. "dapo, no resampling" does not.
+
+A run is a command, lite_ppo.py with the flags of RECIPE, --flags and its setting. Its line of the
+results is that of run.py. A second call makes only the missing runs; one that was killed starts
+again, or goes on if --machine has --save-every. The end of a failed run's output is printed, and
+kept in a folder beside the results.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from definitions import DEFINITIONS
+from grid import METHODS, SETTINGS, Run, best_rate, cells
+from run import HERE, Pool, complete, cores, load, missing, open_results, record, report
+
+from support.logs import read_jsonl
+
+# What is learned from, without the model and the data. It took Qwen2.5-Coder-0.5B-Instruct from
+# 26 % to 35 % on GSM8K in 372 s on an H200.
+RECIPE = (
+    "--prompts-per-step 64 --group-size 8 --max-new-tokens 512 --minibatches 2 --warmup-steps 3 "
+    "--eval-samples 1 --eval-temperature 0"
+)
+SWITCHES = ["lite_ppo", "group std", "no std", "sequence level"]
+CLIPS = ["lite_ppo", "clip 0.28"]
+FILTERS = ["lite_ppo", "overlong filter"]
+QUESTIONS = ["sweep", "methods", "switches", "clip", "overlong"]
+ALL = [name for name in SETTINGS if name not in DEFINITIONS]
+RESULTS = HERE / "results/real.jsonl"
+EQUAL = [name for name in METHODS if name != "dapo"]  # as many responses each
+
+
+# ---- the runs ------------------------------------------------------------------------------------
+
+
+def base_flags(args: argparse.Namespace) -> str:
+    """The flags of every run. It is evaluated before, in the middle and after."""
+    return f"{RECIPE} --steps {args.steps} --eval-every {max(1, args.steps // 2)} {args.flags}"
+
+
+def rate_of(rows: list[dict], method: str, args: argparse.Namespace) -> str:
+    """The best learning rate of the sweep, or --lr if the method was not swept."""
+    rows = [row for row in rows if row["environment"] == args.name]
+    swept = any(row["setting"].startswith(f"{method} at ") for row in rows)
+    return best_rate(rows, method, args.rates) if swept else args.lr
+
+
+def sweep(args: argparse.Namespace) -> list[Run]:
+    runs = []
+    for method in args.methods:
+        for rate in args.rates:
+            flags = f"{base_flags(args)} {METHODS[method]} --lr {rate}"
+            name = f"{method} at {rate}"
+            runs += [Run(args.name, name, seed, flags) for seed in args.sweep_seeds]
+    return runs
+
+
+def questions(rows: list[dict], args: argparse.Namespace) -> dict[str, list[Run]]:
+    """The runs of each question. A run that two questions share is made once."""
+    methods = []
+    for name in args.methods:
+        flags = f"{base_flags(args)} {METHODS[name]} --lr {rate_of(rows, name, args)}"
+        methods += [Run(args.name, name, seed, flags) for seed in args.seeds]
+    rate = rate_of(rows, "lite_ppo", args)
+    plain = f"{base_flags(args)} {METHODS['lite_ppo']} --lr {rate}"
+    steps = {f"{args.name}, 8 steps": f"{plain} --minibatches 8"}
+    limits = {f"{args.name}, {n} tokens": f"{plain} --max-new-tokens {n}" for n in args.limits}
+    return {
+        "sweep": sweep(args),
+        "methods": methods,
+        "switches": cells([args.name], args.switches, args.seeds, {args.name: plain}),
+        "clip": cells(steps, CLIPS, args.seeds, steps),
+        "overlong": cells(limits, FILTERS, args.seeds, limits),
+    }
+
+
+def chosen_runs(names, args: argparse.Namespace, results: Path) -> list[Run]:
+    """The runs of these questions, once each."""
+    found = questions(load(results), args)
+    return list(dict.fromkeys(run for name in names for run in found[name]))
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def common_flags(args: argparse.Namespace) -> str:
+    """Flags that do not enter the results: paths, and how a run uses this machine."""
+    workers = max(1, min(8, cores() // args.jobs))
+    paths = shlex.join(["--model", args.model, "--train-data", args.train_data])
+    sets = shlex.join(["--eval-data", *args.eval_data])
+    return f"{paths} {sets} --reward-workers {workers} {args.machine}"
+
+
+def run_questions(pool: Pool, args: argparse.Namespace) -> list[str]:
+    """The sweep, then the questions that need its rates. Returns the failures in words."""
+    failures = []
+    if "sweep" in args.only:
+        failures = complete(sweep(args), pool)
+    others = [name for name in args.only if name != "sweep"]
+    if others and not failures:  # an incomplete sweep gives no rate
+        failures = complete(chosen_runs(others, args, pool.results), pool)
+    return failures
+
+
+def write_unfinished(pool: Pool, args: argparse.Namespace) -> None:
+    """Write what the unfinished runs have so far to --partial, one line each."""
+    lines = []
+    for run in missing(chosen_runs(args.only, args, pool.results), pool.results):
+        folder = pool.folder_of(run)
+        log = read_jsonl(folder / "metrics.jsonl")
+        if any("reward/mean" in row for row in log):
+            seconds = sum(row.get("time/step", 0) for row in log)
+            lines.append(json.dumps(record(run, folder, seconds)) + "\n")
+        print(f"{run.name}: {log[-1]['step'] if log else 0} of {args.steps} steps")
+    args.partial.write_text("".join(lines), encoding="utf-8")
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+
+def add_what(add) -> None:
+    """Flags: which runs."""
+    add("--model", required=True, help="as for lite_ppo.py")
+    add("--train-data", required=True, help="as for lite_ppo.py")
+    add("--eval-data", required=True, nargs="+", help="as for lite_ppo.py")
+    add("--name", help="of model and data in the results; default: their file names")
+    add("--only", nargs="+", choices=QUESTIONS, default=QUESTIONS, help="default: all")
+    listed = dict(nargs="+", metavar="NAME")
+    add("--methods", **listed, choices=METHODS, default=EQUAL, help=choice(EQUAL, METHODS))
+    add("--switches", **listed, choices=ALL, default=SWITCHES, help=choice(SWITCHES, ALL))
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
+    add("--steps", type=int, default=30, help="default: 30")
+    add("--lr", default="3e-6", help="of a method without a sweep; default: 3e-6")
+    rates = ["1e-6", "3e-6", "1e-5"]
+    add("--rates", nargs="+", default=rates, help=f"of the sweep; default: {' '.join(rates)}")
+    add("--sweep-seeds", nargs="+", type=int, default=[101], help="default: 101")
+    add("--limits", nargs="+", type=int, default=[320, 1024], help="default: 320 1024 tokens")
+    add("--flags", default="", help='change RECIPE, such as "--prompts-per-step 32"')
+
+
+def add_how(add) -> None:
+    """Flags: how they are made."""
+    add("--machine", default="", help='do not change what is learned: "--max-num-seqs 512"')
+    add("--jobs", type=int, default=1, help="runs side by side, sharing the CPU cores; default: 1")
+    add("--stagger", type=float, default=5, help="seconds between two starts; default: 5")
+    add("--minutes", type=float, default=math.inf, help="no run starts later; default: no limit")
+    add("--launch", default=sys.executable, help="starts a run; default: python")
+    add("--results", type=Path, default=RESULTS, help="default: results/real.jsonl")
+    add("--folder", type=Path, default=HERE.parent / "runs/real", help="run directories")
+    add("--keep-models", action="store_true", help="keep the weights of finished runs")
+    text = "make no run; write what the unfinished ones have so far to FILE"
+    add("--partial", type=Path, metavar="FILE", help=text)
+
+
+def choice(default, every) -> str:
+    return f"default: {'; '.join(default)}; all: {'; '.join(every)}"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"RECIPE: {RECIPE}",
+    )
+    add_what(parser.add_argument)
+    add_how(parser.add_argument)
+    args = parser.parse_args()
+    if args.jobs < 1 or args.steps < 1:
+        parser.error(f"--jobs {args.jobs} --steps {args.steps}: must be at least 1")
+    for flag in ("--steps", "--lr", "--preset", "--seed", "--eval-every"):
+        if flag in args.flags.split():
+            parser.error(f"--flags {flag}: real.py sets it for each run; see --help")
+    args.name = args.name or f"{Path(args.train_data).stem} {Path(args.model).name}"
+    return args
+
+
+def main() -> int:
+    args = parse_arguments()
+    began = time.time()
+    open_results(args.results)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // args.jobs))  # of each run
+    pool = Pool(
+        args.results,
+        args.folder,
+        args.jobs,
+        args.launch,
+        keep=True,
+        keep_models=args.keep_models,
+        flags=common_flags(args),
+        stagger=args.stagger,
+        deadline=began + 60 * args.minutes,
+    )
+    if args.partial:
+        write_unfinished(pool, args)
+        return 0
+    return report(run_questions(pool, args), args.results, began)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
