@@ -11,7 +11,7 @@ sequences of 4,096 tokens and activation checkpointing. Each row adds one change
     kept             the output of attention is kept, not recomputed
     flash            FlashAttention 4
     logits           the passes over a chunk of logits are compiled
-    chunks           an 80th of the memory for a chunk
+    chunks           a 128th of the memory for a chunk
 
 The last rows vary the size of the micro-batch and the checkpointing. The kernels of the last change
 are listed by their time. The first update of each row compiles and does not count.
