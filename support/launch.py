@@ -5,6 +5,7 @@ import dataclasses
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -176,6 +177,7 @@ def connect(cfg) -> None:
     for name, value in ONE_RANK.items():
         os.environ.setdefault(name, value)
     if torch.cuda.is_available():
+        check_gpus(env("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count())
         torch.cuda.set_device(compute_device())
     limit = timedelta(minutes=cfg.timeout_minutes + 2)  # the watchdog comes first
     store = dist.HashStore()
@@ -198,6 +200,17 @@ def connect(cfg) -> None:
     guard.watch(cfg.timeout_minutes, rank, world, store.clone() if world > 1 else None)
 
 
+def check_gpus(ranks: int, gpus: int) -> None:
+    """UserError if ranks of this machine would share a GPU, which nccl refuses."""
+    if ranks > gpus:
+        raise UserError(
+            f"--nproc-per-node {ranks}: torch finds {gpus} GPU(s) on this machine, and each rank "
+            f"needs its own; give torchrun --nproc-per-node {gpus}, or make more GPUs visible "
+            "(CUDA_VISIBLE_DEVICES)"
+        )
+
+
+SECONDS_TO_PRINT = 3  # that the other ranks give the one that prints the message
 ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 
 
@@ -224,6 +237,8 @@ def main(Config: type, presets: dict[str, dict], train: Callable) -> int:
         print(guard.describe(error, env("RANK", 0)), file=sys.stderr, flush=True)
     if message and env("LOCAL_RANK", 0) == 0:  # every rank has the same message
         print(f"error: {message}", file=sys.stderr, flush=True)
+    elif code == 2:  # the launcher ends all ranks as soon as one ends
+        time.sleep(SECONDS_TO_PRINT)
     if code and env("WORLD_SIZE", 1) > 1:
         # Other ranks may be waiting in a collective. The launcher ends them.
         sys.stdout.flush()

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import lite_ppo
@@ -246,6 +247,45 @@ def check_port(port, named: str, monkeypatch, capfd) -> None:
     assert error.rstrip().endswith(
         "is another run using the port? torchrun --master-port sets another"
     )
+
+
+def true() -> bool:
+    return True
+
+
+def one() -> int:
+    return 1
+
+
+@pytest.fixture
+def two_ranks_on_one_gpu(monkeypatch) -> None:
+    """What a rank of them sees."""
+    monkeypatch.setattr(dist, "destroy_process_group", do_nothing)
+    monkeypatch.setattr(torch.cuda, "is_available", true)
+    monkeypatch.setattr(torch.cuda, "device_count", one)
+    monkeypatch.setattr(sys, "argv", ["lite_ppo.py"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+
+
+def test_more_ranks_than_gpus_is_one_message(two_ranks_on_one_gpu, capfd):
+    """Before the ranks look for each other, and before one touches a GPU that is not there."""
+    assert lite_ppo.main() == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: --nproc-per-node 2: torch finds 1 GPU(s) on this machine")
+    assert error.count("\n") == 1
+    assert "give torchrun --nproc-per-node 1" in error
+
+
+def test_rank_that_prints_no_message_waits_for_the_one_that_does(
+    two_ranks_on_one_gpu, monkeypatch, capfd
+):
+    """Else the launcher could end the other rank before it has printed the message."""
+    waits = []
+    monkeypatch.setattr(launch.time, "sleep", waits.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert lite_ppo.main() == 2
+    assert waits == [launch.SECONDS_TO_PRINT]
+    assert capfd.readouterr().err == ""
 
 
 # ---- room on the disk ----------------------------------------------------------------------------
