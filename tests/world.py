@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+# For test_gpu.py: the GPUs that the user lets this process see.
+os.environ.update(TEST_GPUS=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
 # The imports below read these variables.
 os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 
