@@ -355,7 +355,7 @@ def memory_plan_eager() -> dict:
 
 def memory_of_phases(compile: str) -> dict:
     """Planned and measured bytes of the phases, as `memory_plan.py --check` compares them."""
-    import memory_trial
+    import memory_trial  # it imports torch._dynamo, which takes seconds
 
     s = memory_plan.Settings(
         sampler="transformers",
