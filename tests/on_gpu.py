@@ -217,10 +217,10 @@ def plain_logprobs(hidden, weight, token_ids, temperature, bias):
     return logprobs, tricks.entropy(logits, temperature)
 
 
-def logprob_errors(inputs: list, token_ids, chunk: int) -> dict:
+def logprob_errors(inputs: list, token_ids, chunk: int, compiled: bool) -> dict:
     """inputs: hidden [T, D], weight [V, D], bias [V], all in one dtype."""
     hidden, weight, bias = (x.clone().requires_grad_() for x in inputs)
-    found = linear_logprobs(hidden, weight, token_ids, 0.7, chunk, bias)
+    found = linear_logprobs(hidden, weight, token_ids, 0.7, chunk, bias, compiled)
     gradients = torch.autograd.grad(objective(*found), (hidden, weight, bias))
 
     exact = [x.double().requires_grad_() for x in inputs]
@@ -253,8 +253,10 @@ def logprobs(vocabulary: int = 151_936, tokens: int = 1777, chunk: int = 100) ->
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         inputs = [x.to(dtype) for x in (hidden, weight, bias)]
-        found[str(dtype).removeprefix("torch.")] = logprob_errors(inputs, ids, chunk)
-    chunked = (linear_logprobs, inputs, ids, 0.7, chunk, inputs[2])
+        for compiled in (False, True):
+            name = f"{dtype}{' compiled' if compiled else ''}".removeprefix("torch.")
+            found[name] = logprob_errors(inputs, ids, chunk, compiled)
+    chunked = (linear_logprobs, inputs, ids, 0.7, chunk, inputs[2], True)
     plain = (plain_logprobs, inputs, ids, 0.7, inputs[2])
     found["peak"] = peak_bytes(forward_and_backward, *chunked)
     found["plain peak"] = peak_bytes(forward_and_backward, *plain)
