@@ -17,6 +17,7 @@ PANELS = {  # title, key, factor
     "truncated": ("truncated, % of responses", "response/truncated", 100),
     "looping": ("looping, % of responses", "looping", 100),
     "spread": ("std of the rewards", "reward/std", 1),
+    "gap": ("log-prob gap, 1e-3 nats", "rollout/logprob_gap_mean", 1000),
 }
 DPI = 85
 LOOP_LENGTH = 64  # shorter loops are not detected
@@ -73,7 +74,9 @@ def draw_curves(axes, cells: dict[str, list[dict]], panel: str) -> None:
     names = list(cells)
     _, key, factor = PANELS[panel]
     for i, (setting, cell) in enumerate(cells.items()):
-        curves = factor * np.array([smooth(curve(row, key)) for row in cell])
+        values = [curve(row, key) for row in cell]
+        shortest = min(map(len, values))  # a run that was stopped has fewer steps
+        curves = factor * np.array([smooth(steps[:shortest]) for steps in values])
         if panel == "reward":
             curves = correct_share(cell[0], curves)
         mean, low, high = intervals(curves)

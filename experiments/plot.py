@@ -1,26 +1,25 @@
 """Figures and tables of the results of run.py.
 
     python experiments/plot.py    # figures/*.png, results.md, the generated parts of findings.md
-    python experiments/plot.py --results experiments/results/qwen3.jsonl    # results of other runs
+    python experiments/plot.py --results experiments/results/other.jsonl    # results of other runs
 
-For other results, everything goes into a folder beside the file. What an effect and its interval
-are is written in effects.py.
+If results/real.jsonl exists, also real.md and figures/real. For other results, everything goes
+into a folder beside the file. What an effect and its interval are is written in effects.py.
 """
 
 import argparse
-import re
 from pathlib import Path
 
 import appendix
 import figures
 import findings
-from drawing import DPI
-from effects import Rows, show_effect
+import real_page
 from grid import ENVIRONMENTS
 from run import HERE, load
-from tables import USUAL, Question, Results, results_page
+from tables import Results, results_page
 
 TOY_RESULTS = HERE / "results/toy.jsonl"
+REAL_RESULTS = HERE / "results/real.jsonl"
 # The main grid from other base models: another CPU made other weights with the same warm-up.
 OTHER_MODEL = HERE / "results/other_model.jsonl"
 FINDINGS = HERE.parent / "docs/findings.md"
@@ -48,28 +47,11 @@ def draw_other_toy(results: Results, folder: Path) -> None:
     (folder / "results.md").write_text(results_page(results, "appendix"), encoding="utf-8")
 
 
-def baseline_first(rows: Rows) -> list[str]:
-    """The settings of the results, Lite PPO first."""
-    settings = dict.fromkeys(setting for _, setting in rows)
-    return sorted(settings, key=lambda setting: setting != "lite_ppo")
-
-
-def draw_models(results: Results, folder: Path) -> None:
-    """Figures for real models, and the effects on the console."""
-    rows = results.rows
-    settings = baseline_first(rows)
-    environments = list(dict.fromkeys(env for env, _ in rows))
-    if figure := figures.overview(rows, environments, settings):
-        figure.savefig(folder / "overview.png", dpi=DPI)
-    (folder / "appendix").mkdir(exist_ok=True)
-    for env in environments:
-        question = Question(env, [env], settings, [*USUAL, "truncated"])
-        name = re.sub("[^A-Za-z0-9.-]+", "_", env)
-        figure = appendix.curves_figure(rows, question)
-        figure.savefig(folder / f"appendix/{name}.png", dpi=appendix.DPI)
-        for setting in settings[1:]:
-            effect = show_effect(rows, setting, settings[0], [env])
-            print(f"{env}: {setting} against {settings[0]}: {effect}")
+def draw_real() -> None:
+    """real.md and its figures, if there are results of real models."""
+    if REAL_RESULTS.exists():
+        results = Results("results/real.jsonl", load(REAL_RESULTS))
+        real_page.draw(results, HERE / "real.md", HERE / "figures/real")
 
 
 def main() -> None:
@@ -80,16 +62,17 @@ def main() -> None:
     args = parser.parse_args()
     if args.results.resolve() == TOY_RESULTS:
         draw_toy()
+        draw_real()
         return
     results = Results(f"results/{args.results.name}", load(args.results))
     if not results.lines:
-        raise SystemExit(f"--results {args.results}: no results; experiments/run.py makes them")
+        raise SystemExit(f"--results {args.results}: no results; run.py and real.py make them")
     folder = args.results.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     if {env for env, _ in results.rows} <= set(ENVIRONMENTS):
         draw_other_toy(results, folder)
     else:
-        draw_models(results, folder)
+        real_page.draw(results, folder / "results.md", folder / "figures")
 
 
 if __name__ == "__main__":

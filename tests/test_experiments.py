@@ -420,25 +420,41 @@ def test_every_figure_can_be_drawn_from_two_seeds_and_has_an_answer(name):
     assert len(figure.axes) <= 2 or name == "overview"
 
 
-def test_figures_of_real_models_take_any_path_and_any_number_of_settings(
-    tmp_path, monkeypatch, capsys
-):
-    settings = [*grid.ISOLATED[::-1], "clip 0.24", "preset grpo"]  # the baseline comes late
+def test_page_of_real_models_takes_any_path_and_any_number_of_settings(tmp_path, monkeypatch):
+    settings = [*grid.ISOLATED[::-1], "clip 0.24", "grpo", "grpo at 1e-6"]  # the baseline is late
     rows = []
     for setting in settings:
         for seed in range(12):
-            accuracy = 0.3 + 0.2 * (setting == "lite_ppo") + 0.001 * seed
+            accuracy = 0.3 + 0.2 * (setting == "lite_ppo") + 0.002 * seed
             rows.append(full(setting, seed, "/data/a b.jsonl Qwen3-4B", accuracy=accuracy))
+    rows[-1]["curve"] = {key: values[:2] for key, values in rows[-1]["curve"].items()}  # stopped
     draw(tmp_path, monkeypatch, rows)
-    drawn = {str(path.relative_to(tmp_path)) for path in (tmp_path / "some").rglob("*.png")}
-    assert drawn == {"some/overview.png", "some/appendix/_data_a_b.jsonl_Qwen3-4B.png"}
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 9
-    assert all("against lite_ppo: -20.0 [-20.0, -20.0]" in text for text in lines)
+    drawn = {path.name for path in (tmp_path / "some/figures").iterdir()}
+    kinds = ("methods", "switches", "sweep")
+    assert drawn == {"overview.png", *(f"_data_a_b.jsonl_Qwen3-4B_{kind}.png" for kind in kinds)}
+    page = (tmp_path / "some/results.md").read_text()
+    for link in re.findall(r"\((figures/[^)]+)\)", page):
+        assert (tmp_path / "some" / link).exists()
+    effects_shown = page.count("| -20.0 [-20.0, -20.0] |")
+    assert effects_shown == len(settings) - 2  # not of lite_ppo, nor of the sweep
+    assert "| GRPO | 1e-06 | 12 | -20.0 [-20.0, -20.0] | 31.1 [30.6, 31.6] |" in page
+
+
+def test_real_models_are_drawn_only_where_they_have_results(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(plot.real_page, "draw", lambda *files: calls.append(files))
+    monkeypatch.setattr(plot, "REAL_RESULTS", tmp_path / "real.jsonl")
+    plot.draw_real()
+    assert calls == []
+    (tmp_path / "real.jsonl").write_text(json.dumps(full("lite_ppo", 0, "gsm8k Qwen")) + "\n")
+    plot.draw_real()
+    ((results, path, folder),) = calls
+    assert len(results.lines) == 1 and path == EXPERIMENTS / "real.md"
+    assert folder == EXPERIMENTS / "figures/real"
 
 
 def test_missing_results_are_named(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="no results; experiments/run.py makes them"):
+    with pytest.raises(SystemExit, match="no results; run.py and real.py make them"):
         draw(tmp_path, monkeypatch, [])
 
 

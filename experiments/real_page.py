@@ -1,0 +1,125 @@
+"""The page and the figures of runs on real models: see real.py."""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import appendix
+import figures
+from drawing import DPI
+from effects import (
+    ACCURACY,
+    CLIP_HIGH,
+    CLIP_LOW,
+    ENTROPY,
+    GAIN,
+    LENGTH,
+    REWARD,
+    SAMPLED,
+    TRUNCATED_LATE,
+    Measure,
+    Rows,
+    final,
+    label_of,
+    level,
+    show,
+    show_effect,
+)
+from grid import METHODS
+from tables import Question, Results, markdown
+
+BASELINE = "lite_ppo"
+PANELS = ["reward", "entropy", "length", "clip_high", "clip_low", "truncated", "gap"]
+COLUMNS = {
+    "accuracy": ACCURACY,
+    "since step 0": GAIN,
+    "reward over all steps": REWARD,
+    "entropy, last quarter": ENTROPY,
+    "length": LENGTH,
+    "clipped high, %": CLIP_HIGH,
+    "clipped low, %": CLIP_LOW,
+    "truncated, %": TRUNCATED_LATE,
+    "gap, nats": Measure(partial(final, key="rollout/logprob_gap_mean"), 1, 4),
+    "sampled responses": SAMPLED,
+    "seconds per step": Measure(partial(final, key="time/step"), 1),
+}
+
+
+def questions_of(rows: Rows) -> list[Question]:
+    """Methods, switches and the sweep of each environment, as far as they have results."""
+    found = []
+    for env in dict.fromkeys(env for env, _ in rows):
+        names = sorted((s for e, s in rows if e == env), key=lambda s: s != BASELINE)
+        groups = {
+            "methods": [name for name in names if name in METHODS],
+            "switches": [n for n in names if n == BASELINE or n not in METHODS and not swept(n)],
+            "sweep": [name for name in names if swept(name)],
+        }
+        for title, settings in groups.items():
+            if settings and (settings != [BASELINE] or names == [BASELINE]):
+                found.append(Question(f"{env}: {title}", [env], settings, PANELS))
+    return found
+
+
+def swept(setting: str) -> bool:
+    return " at " in setting
+
+
+def table(rows: Rows, question: Question) -> list[str]:
+    """One line for each setting: its rate, its values, and its effect against Lite PPO."""
+    (env,) = question.environments
+    body = []
+    for setting in question.settings:
+        runs = rows[env, setting]
+        rate = next(iter(runs.values()))["config"].get("lr", 1e-6)
+        cells = [label_of(setting), f"{rate:g}", str(len(runs))]
+        same = setting == BASELINE or swept(setting)
+        cells.append("" if same else show_effect(rows, setting, BASELINE, [env]))
+        for measure in COLUMNS.values():
+            values = level(rows, setting, [env], measure)
+            cells.append(show(values, measure.digits, signed=measure is GAIN))
+        body.append(cells)
+    head = ["setting", "rate", "seeds", "against Lite PPO", *COLUMNS]
+    return markdown(head, body)
+
+
+def file_name(question: Question) -> str:
+    return re.sub("[^A-Za-z0-9.-]+", "_", question.title) + ".png"
+
+
+def page(results: Results, curves: str) -> str:
+    """curves: the folder of the figures, seen from the page."""
+    hours = sum(row["seconds"] for row in results.lines) / 3600
+    text = [
+        "# Results on real models",
+        "",
+        f"Made by `python experiments/plot.py` from `{results.source}`: "
+        f"{len(results.lines)} runs, {hours:.1f} hours.",
+        "",
+        "- Accuracy is held out, in %, at the last evaluation.",
+        "- An effect is in percentage points against Lite PPO: same seed, so the same prompts.",
+        "- Intervals are Student's, 95 %, over the seeds. They are not corrected for their number.",
+        "- Seconds depend on how many runs shared the machine.",
+        "",
+    ]
+    for question in questions_of(results.rows):
+        text += [f"## {question.title}", "", *table(results.rows, question)]
+        text += [f"![curves of {question.title}]({curves}/{file_name(question)})", ""]
+    return "\n".join(text)
+
+
+def draw(results: Results, path: Path, folder: Path) -> None:
+    """Write the page to `path` and the figures to `folder`."""
+    rows = results.rows
+    folder.mkdir(parents=True, exist_ok=True)
+    found = questions_of(rows)
+    for question in found:
+        figure = appendix.curves_figure(rows, question)
+        figure.savefig(folder / file_name(question), dpi=appendix.DPI)
+    environments = list(dict.fromkeys(env for question in found for env in question.environments))
+    settings = dict.fromkeys([BASELINE])
+    for question in found:
+        settings |= dict.fromkeys(name for name in question.settings if not swept(name))
+    if figure := figures.overview(rows, environments, list(settings)):
+        figure.savefig(folder / "overview.png", dpi=DPI)
+    path.write_text(page(results, folder.relative_to(path.parent).as_posix()), encoding="utf-8")
