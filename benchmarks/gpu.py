@@ -46,7 +46,7 @@ from support.samplers import Sampling
 
 TOKENS = 4096  # of a sequence
 CHANGES = ("blocks", "kept", "flash", "logits", "chunks")
-SIZES = {"qwen3-0.6b": 32_768, "qwen3-1.7b": 32_768, "qwen3-4b": 16_384}  # tokens per micro-batch
+SIZES = {"qwen3-0.6b": 32_768, "qwen3-1.7b": 32_768, "qwen3-4b": 32_768}  # tokens per micro-batch
 
 
 @dataclass
@@ -216,10 +216,10 @@ def measure_step(args: Args, max_num_seqs: int) -> dict:
     totals = one_step.totals(settings, bench, steps[-1], row["update"], lengths)
     row |= {"max_num_seqs": max_num_seqs, "start s": start, "tokens": generated}
     row |= {"MFU": totals["MFU"], "gap": totals["logprob gap"]}
-    return row | compare_rollouts(bench, cfg)
+    return row | compare_rollouts(args, bench, cfg)
 
 
-def compare_rollouts(bench, cfg) -> dict:
+def compare_rollouts(args: Args, bench, cfg) -> dict:
     """Seconds of the rollout phase, and of vLLM alone with fewer demands, on the same prompts."""
     from vllm import SamplingParams, TokensPrompt
 
@@ -251,7 +251,7 @@ def compare_rollouts(bench, cfg) -> dict:
     }
     row = {}
     for name, form in forms.items():
-        row[f"{name} s"] = median(timed(form) for _ in range(3))
+        row[f"{name} s"] = median(timed(form) for _ in range(args.rounds))
     row["vLLM tokens"] = vllm.tokens
     config = engine.vllm_config
     row["async scheduling"] = bool(config.scheduler_config.async_scheduling)

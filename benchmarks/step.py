@@ -78,8 +78,9 @@ def count_flops(config, prompt: int, response: int, recompute: bool) -> tuple[fl
     The last token of the sequence is not an input.
     """
     D, layers, length = config.hidden_size, config.num_hidden_layers, prompt + response - 1
-    width = config.num_attention_heads * config.head_dim
-    kv_width = config.num_key_value_heads * config.head_dim
+    head_dim = getattr(config, "head_dim", None) or D // config.num_attention_heads
+    width = config.num_attention_heads * head_dim
+    kv_width = config.num_key_value_heads * head_dim
     projections = D * width + 2 * D * kv_width + width * D  # q; k and v; o
     weights = projections + 3 * D * config.intermediate_size
     # scores and values: length^2 / 2 pairs, 2 products, 2 operations each

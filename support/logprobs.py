@@ -42,8 +42,9 @@ def linear_logprobs(
     shared = torch.promote_types(hidden.dtype, weight.dtype)
     dtype = torch.promote_types(shared, torch.float32)
     grad_dtype = shared if hidden.is_cuda else dtype  # tensor cores multiply halves
-    # Rows with temporary copies at a time: few enough for a CPU's cache.
-    block = max(1, min(-(-chunk // 8), 2**20 // len(weight)))
+    block = -(-chunk // 8)  # rows with a temporary copy at a time
+    if not hidden.is_cuda:
+        block = max(1, min(block, 2**20 // len(weight)))  # few enough for the cache of a CPU
 
     def product(a, b):
         if a.is_cuda and shared in (torch.float16, torch.bfloat16):
