@@ -39,7 +39,7 @@ import torch.distributed as dist
 import tyro
 
 import lite_ppo
-from support import flash, models, packed
+from support import flash, models, packed, samplers
 from support.actor import Actor
 from support.clock import clock
 from support.samplers import Sampling
@@ -81,7 +81,7 @@ def only(changes: tuple[str, ...]):
                 gradient_checkpointing_kwargs=recompute_all
             ),
         ),
-        "flash": mock.patch.object(flash, "choose", lambda device: "FlashAttention 2"),
+        "flash": mock.patch.object(flash, "choose", lambda *args: "FlashAttention 2"),
         "logits": mock.patch.object(
             lite_ppo,
             "linear_logprobs",
@@ -278,6 +278,7 @@ def main(args: Args) -> None:
     if args.part == "update":
         measure_updates(args)
     else:
+        samplers.choose_sampler("vllm")  # it sets vLLM's environment
         for max_num_seqs in args.max_num_seqs:
             report(args, measure_step(args, max_num_seqs))
     if dist.is_initialized():

@@ -212,8 +212,9 @@ SLACK = 0.05
 VLLM_BATCHED_TOKENS = {True: 4096, False: 8192}
 # [sequences, V] float32 while a token is drawn: logits, log-probs, probs, running sum ...
 LOGIT_COPIES = {"transformers": 4, "vllm": 6}
-# numbers in the chunk of logits of lite_ppo.response_logprobs
-LOGITS = 2**26
+# bytes of a chunk of float32 logits on a CPU, and as a share of a GPU: util.logits_at_a_time()
+LOGITS = 256 * MIB
+LOGITS_SHARE = 1 / 128
 
 
 # ---- formulas: per token and per tensor ----------------------------------------------------------
@@ -241,9 +242,10 @@ def forward_bytes(shape: Shape, s: Settings) -> float:
 
 
 def logits_bytes(shape: Shape, s: Settings) -> float:
-    """A chunk of float32 logits, an eighth of it as temporary, its half precision copy."""
-    rows = min(max(64, LOGITS // shape.vocab), s.tokens)
-    return rows * shape.vocab * (4 + 0.5 + (2 if s.bytes == 2 else 0))
+    """A chunk of float32 logits and their gradient in half precision; a CPU adds small blocks."""
+    chunk = LOGITS if s.cpu else LOGITS_SHARE * s.device_gib * GIB
+    rows = min(max(64, chunk // 4 // shape.vocab), s.tokens)
+    return rows * shape.vocab * (4 + (2 if s.bytes == 2 else 0)) + 16 * MIB * s.cpu
 
 
 def cache_bytes(shape: Shape, s: Settings) -> int:
@@ -319,8 +321,9 @@ def update_moments(shape: Shape, s: Settings) -> dict[str, Parts]:
     gathered = gathered_bytes(shape, s)
     inputs = T * (L + 1) * D * c  # of each block and of the last norm
     inside = T * block_bytes(shape, s)  # of one block
-    saved = inputs if s.activation_checkpointing else inputs + L * inside
-    recomputed = inside if s.activation_checkpointing else 0
+    attention = T * c * shape.queries  # its output, which checkpointing keeps of each block
+    saved = inputs + L * (attention if s.activation_checkpointing else inside)
+    recomputed = inside - attention if s.activation_checkpointing else 0
     # last norm, the rows that predict, and the gradient there
     last = T * D * (8 + 3 * c)
     # gradients inside a block: the three of the MLP are the widest

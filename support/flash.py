@@ -1,7 +1,7 @@
 """Attention kernels for packed rows on GPUs.
 
-    FlashAttention 4   on Hopper and Blackwell, if the installed vLLM brings it; twice as fast
-    FlashAttention 2   elsewhere: torch.nn.attention.varlen
+    FlashAttention 4   from the installed vLLM, on Hopper and Blackwell, for the tested head widths
+    FlashAttention 2   otherwise: torch.nn.attention.varlen; twice as slow on Hopper
 
 torch's own switch to version 4 (torch.nn.attention.activate_flash_attention_impl) expects two
 results where this version returns four. So the kernels are called here.
@@ -11,19 +11,22 @@ import functools
 import importlib
 import inspect
 import os
+import warnings
 
 import torch
 
 from support.host import cache_folder
 
 CAPABILITIES = (9, 10)  # Hopper and Blackwell: CUDA capability 9.x and 10.x
+WIDTHS = (64, 128)  # of a head; others were never compared with the formula on a GPU
 MODULE = "vllm.vllm_flash_attn.cute.interface"
 
 
 @functools.cache
-def choose(device: torch.device) -> str:
-    """The name of the attention kernels on this GPU."""
-    if torch.cuda.get_device_capability(device)[0] in CAPABILITIES and flash_attention_4():
+def choose(device: torch.device, width: int) -> str:
+    """The name of the attention kernels on this GPU. width: of a head."""
+    capable = torch.cuda.get_device_capability(device)[0] in CAPABILITIES and width in WIDTHS
+    if capable and flash_attention_4():
         return "FlashAttention 4"
     return "FlashAttention 2"
 
@@ -36,6 +39,7 @@ def flash_attention_4():
     """
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_folder() / "attention"))
+    warnings.filterwarnings("ignore", "Argument aux_data")  # of its compiler, once per kernel
     try:
         return importlib.import_module(MODULE)
     except (ImportError, OSError, RuntimeError):  # no vLLM, or a part of it is missing
@@ -51,7 +55,7 @@ def attention(query, key, value, cu_seqlens, longest: int, scale, window: int | 
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     before = -1 if window is None else window - 1  # tokens that it sees besides itself; -1: all
-    if choose(query.device) == "FlashAttention 4":
+    if choose(query.device, query.shape[-1]) == "FlashAttention 4":
         return flash_attention(query, key, value, cu_seqlens, longest, scale, before)[0]
     from torch.nn.attention.varlen import varlen_attn  # the import takes seconds
 

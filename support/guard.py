@@ -113,7 +113,10 @@ def describe(error: BaseException, rank: int) -> str:
             f"{where}: {text}; checkpoints are unchanged, "
             "and the same command resumes from the newest one"
         )
-    return "".join(traceback.format_exception(error)) + f"{where}: {text}"
+    stack = "".join(traceback.format_exception(error))
+    if "torch._dynamo" in type(error).__module__ or "torch._inductor" in type(error).__module__:
+        return f"{stack}{where}: {text}; --compile off trains without compilation, slower on GPUs"
+    return f"{stack}{where}: {text}"
 
 
 # ---- rendezvous after a restart ------------------------------------------------------------------

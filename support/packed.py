@@ -6,6 +6,8 @@ inside functions, because the import takes seconds.
 
 import copy
 import functools
+import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from support import flash
+from support.clock import clock
+from support.host import cache_folder
 
 # ---- build ---------------------------------------------------------------------------------------
 
@@ -79,9 +83,28 @@ def checkpoint_blocks(model) -> None:
 
 
 def compile_blocks(model) -> None:
-    """Compile each block for all lengths. Blocks with the same code are compiled once."""
+    """Compile each block for all lengths. Blocks with the same code are compiled once.
+
+    The results stay on the disk for later runs.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    measure_compilation()
     for block in blocks(model):
         block.compile(dynamic=True)
+
+
+@functools.cache  # once per process
+def measure_compilation() -> None:
+    """From now on, add the seconds of every compilation to clock.seconds["compile"]."""
+    from torch._dynamo.callback import on_compile_end, on_compile_start
+
+    starts = []
+
+    def end(_):
+        clock.seconds["compile"] += time.perf_counter() - starts.pop()
+
+    on_compile_start(lambda _: starts.append(time.perf_counter()))
+    on_compile_end(end)
 
 
 def stored_state(model) -> dict[str, torch.Tensor]:

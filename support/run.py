@@ -225,6 +225,11 @@ class Run:
             self.log.samples(step, responses, rewards, advantages)
             self.log.clipped(step, stats.clipped, self.tokenizer)
         self.check_skipped(step, metrics["policy/skipped"], responses)
+        if clock.seconds["compile"] >= 1:
+            self.print(
+                f"step {step}: {clock.seconds['compile']:.0f} s of it compiled the model; later "
+                "runs find the result in the cache"
+            )
         self.bar.update()
 
     def check_skipped(self, step: int, skipped: int, responses: list[Response]) -> None:

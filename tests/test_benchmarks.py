@@ -131,10 +131,28 @@ def test_logits_exist_in_chunks_of_256_mib():
     rows = 2**26 // 151_936
     assert rows == 441
     assert rows * 151_936 * 4 <= 256 * MIB
-    chunk = memory_plan.logits_bytes(shape, Settings(dtype="float32"))
-    assert chunk == rows * 151_936 * 4.5  # an eighth of it as temporary
-    short = Settings(dtype="float32", max_prompt_tokens=10, max_new_tokens=11, micro_batch_tokens=1)
-    assert memory_plan.logits_bytes(shape, short) == 20 * 151_936 * 4.5
+    blocks = 16 * MIB  # temporary
+    chunk = memory_plan.logits_bytes(shape, Settings(cpu=True))
+    assert chunk == rows * 151_936 * 4 + blocks
+    short = Settings(cpu=True, max_prompt_tokens=10, max_new_tokens=11, micro_batch_tokens=1)
+    assert memory_plan.logits_bytes(shape, short) == 20 * 151_936 * 4 + blocks
+
+
+def test_a_128th_of_a_gpu_holds_a_chunk_of_logits():
+    shape = SHAPES["qwen3-0.6b"]
+    rows = 2**30 // 4 // 151_936
+    chunk = memory_plan.logits_bytes(shape, Settings(device_gib=128.0))
+    assert chunk == rows * 151_936 * (4 + 2)  # and its gradient in half precision
+
+
+def test_output_of_attention_is_kept_under_checkpointing():
+    """Of each block: a number per token, head and channel."""
+    s = Settings(max_prompt_tokens=1, max_new_tokens=1, micro_batch_tokens=100)
+    with_attention = memory_plan.update_moments(TINY, s)["head"]["activations"]
+    inputs = 100 * (TINY.layers + 1) * TINY.hidden * 2
+    last = 100 * TINY.hidden * (8 + 3 * 2 + 4)
+    kept = 100 * TINY.layers * 2 * TINY.queries
+    assert with_attention == inputs + kept + last
 
 
 def test_vllm_fills_its_share_with_cache():
