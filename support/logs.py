@@ -131,6 +131,7 @@ class Log:
                 axes.plot(steps, values, label=label)
             axes.set(title=title, xlabel="step")
             axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+            axes.ticklabel_format(axis="y", scilimits=(-3, 5))
             if len(lines) > 1:
                 axes.legend()
         figure.savefig(self.folder / "curves.png", dpi=110)
