@@ -1,7 +1,9 @@
 """Attention kernels for packed rows on GPUs.
 
-    FlashAttention 4   from the installed vLLM, on Hopper and Blackwell, for the tested head widths
-    FlashAttention 2   otherwise: torch.nn.attention.varlen; twice as slow on Hopper
+    FlashAttention 4   from the installed vLLM, on Hopper GPUs (H100, H200), heads of 64 and 128
+    FlashAttention 2   otherwise: torch.nn.attention.varlen, half as fast on Hopper
+
+Other GPUs and widths could take version 4 too, but it was never compared with the formula there.
 
 torch's own switch to version 4 (torch.nn.attention.activate_flash_attention_impl) expects two
 results where this version returns four. So the kernels are called here.
@@ -17,16 +19,16 @@ import torch
 
 from support.host import cache_folder
 
-CAPABILITIES = (9, 10)  # Hopper and Blackwell: CUDA capability 9.x and 10.x
-WIDTHS = (64, 128)  # of a head; others were never compared with the formula on a GPU
+HOPPER = 9  # CUDA capability 9.x
+WIDTHS = (64, 128)  # of a head
 MODULE = "vllm.vllm_flash_attn.cute.interface"
 
 
 @functools.cache
 def choose(device: torch.device, width: int) -> str:
     """The name of the attention kernels on this GPU. width: of a head."""
-    capable = torch.cuda.get_device_capability(device)[0] in CAPABILITIES and width in WIDTHS
-    if capable and flash_attention_4():
+    hopper = torch.cuda.get_device_capability(device)[0] == HOPPER
+    if hopper and width in WIDTHS and flash_attention_4():
         return "FlashAttention 4"
     return "FlashAttention 2"
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from support import metrics, models, packed, selfcheck
+from support import flash, metrics, models, packed, selfcheck
 from support.errors import RunError
 from support.packed import packed_attention
 from tests.test_benchmarks import BENCHMARKS
@@ -224,6 +224,80 @@ def attend(lengths: list[int], **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
 def test_packed_attention_sees_its_sequence_and_its_window_only(window):
     found, expected = attend([1, 8, 3, 7], sliding_window=window)
     assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "capability,width,installed,version",
+    [(9, 128, True, 4), (9, 64, True, 4), (9, 96, True, 2), (9, 128, False, 2), (8, 128, True, 2)],
+)
+def test_attention_kernel_depends_on_gpu_width_and_vllm(
+    capability, width, installed, version, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    monkeypatch.setattr(flash, "flash_attention_4", lambda: object() if installed else None)
+    assert flash.choose.__wrapped__(CPU, width) == f"FlashAttention {version}"
+
+
+class KernelsOnCpu:
+    """The two functions of FlashAttention 4, with the results and arguments of vLLM's."""
+
+    @staticmethod
+    def _flash_attn_fwd(
+        q,
+        k,
+        v,
+        *,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale,
+        return_lse=True,
+        causal=False,
+        window_size_left=None,
+        window_size_right=None,
+    ):
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        assert max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
+        assert causal == (window_size_right is None)  # one of the two masks
+        lengths = cu_seqlens_q.diff().tolist()
+        window = None if window_size_left is None else window_size_left + 1
+        row = [x.transpose(0, 1)[None].split(lengths, 2) for x in (q, k, v)]
+        out = [packed.causal_attention(*parts, softmax_scale, window) for parts in zip(*row)]
+        out = torch.cat(out, 2)[0].transpose(0, 1).contiguous()
+        return out, torch.zeros(q.shape[1], q.shape[0]), None, None
+
+    @staticmethod
+    def _flash_attn_bwd(q, k, v, out, grad, denominators, **options):
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            again = KernelsOnCpu._flash_attn_fwd(*inputs, **options)[0]
+        assert torch.equal(again, out)
+        return torch.autograd.grad(again, inputs, grad)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+def test_operator_passes_everything_on_to_the_kernels(window, monkeypatch):
+    """The outputs and gradients are those of packed_attention."""
+    monkeypatch.setattr(flash, "choose", lambda device, width: "FlashAttention 4")
+    monkeypatch.setattr(flash, "flash_attention_4", lambda: KernelsOnCpu)
+    lengths = [1, 8, 3]
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(12, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2)
+    ]
+    starts = torch.tensor([0, 1, 9, 12], dtype=torch.int32)
+    found = flash.attention(*inputs, starts, 8, 0.4, window)
+    row = [x.transpose(0, 1)[None] for x in inputs]
+    batch = SimpleNamespace(lengths=lengths)
+    expected, _ = packed_attention(None, *row, None, 0.4, batch, sliding_window=window)
+    weights = torch.randn(found.shape, generator=generator)
+    assert torch.allclose(found, expected[0], rtol=0, atol=1e-6)
+    for a, b in zip(
+        torch.autograd.grad(found, inputs, weights),
+        torch.autograd.grad(expected[0], inputs, weights),
+    ):
+        assert torch.allclose(a, b, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
