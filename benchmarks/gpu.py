@@ -4,7 +4,7 @@ r"""The trainer on one GPU: what each change of the update gains, and what a who
     python benchmarks/gpu.py step --model FOLDER --train-data FILE.jsonl --output FILE
 
 update: seconds, tokens/s, MFU and peak memory of lite_ppo.update() for models with random weights,
-sequences of 4,096 tokens and activation checkpointing. Each row adds one change to the row above:
+sequences of 4,096 tokens and activation checkpointing. Each row adds one of --changes to the last:
 
     before           eager blocks, recomputed whole; FlashAttention 2; 2^26 logits at a time
     blocks           blocks are compiled
@@ -53,6 +53,7 @@ SIZES = {"qwen3-0.6b": 32_768, "qwen3-1.7b": 32_768, "qwen3-4b": 32_768}  # toke
 class Args:
     part: tyro.conf.Positional[Literal["update", "step"]]
     shapes: tuple[str, ...] = tuple(SIZES)  # update: names in common.SHAPES
+    changes: tuple[Literal["blocks", "kept", "flash", "logits", "chunks"], ...] = CHANGES  # update
     sequences: int = 16  # update: per optimizer step
     tokens: int = TOKENS  # update: of each sequence
     rounds: int = 2  # updates or steps that count
@@ -60,7 +61,7 @@ class Args:
     train_data: str = ""  # step: problems, as lite_ppo.py takes them
     prompts: int = 64  # step: prompts, with 8 responses each
     max_new_tokens: int = 512  # step: of a response
-    max_num_seqs: tuple[int, ...] = (512,)  # step: sequences that vLLM decodes at once
+    max_num_seqs: int = 512  # step: sequences that vLLM decodes at once
     output: str = ""  # JSON file
     rows: list = field(default_factory=list, init=False)
 
@@ -128,7 +129,7 @@ def measure(args: Args, shape: str, changes, micro_batch: int, checkpointing: bo
         with only(changes):
             bench = update_bench(args, shape, micro_batch, checkpointing, "blocks" in changes)
             steps = [bench.run_step(i + 1) for i in range(args.rounds + 1)]
-            kernels = kernel_times(bench) if changes == CHANGES and common.CUDA else []
+            kernels = kernel_times(bench) if changes == args.changes and common.CUDA else []
             flops = one_step.count_step_flops(
                 bench.args,
                 bench.policy.config,
@@ -170,19 +171,16 @@ def kernel_times(bench, longest: int = 30) -> list[dict]:
 def measure_updates(args: Args) -> None:
     for shape in args.shapes:
         usual = SIZES.get(shape, 32_768)
-        first = shape == args.shapes[0]
-        for count in range(len(CHANGES) + 1):
-            # The larger models: before, without the last three changes, and now.
-            if first or count in (0, 2, len(CHANGES)):
-                report(args, measure(args, shape, CHANGES[:count], usual))
+        for count in range(len(args.changes) + 1):
+            report(args, measure(args, shape, args.changes[:count], usual))
         for micro_batch in (usual // 2, usual * 2):
-            report(args, measure(args, shape, CHANGES, micro_batch))
-        report(args, measure(args, shape, CHANGES, usual // 2, checkpointing=False))
+            report(args, measure(args, shape, args.changes, micro_batch))
+        report(args, measure(args, shape, args.changes, usual // 2, checkpointing=False))
 
 
 def report(args: Args, row: dict) -> None:
     args.rows.append(row)
-    common.table([{key: value for key, value in row.items() if key != "kernels"}])
+    common.table([{key: value for key, value in row.items() if key not in ("kernels", "profile")}])
     common.finish(args.output, {}, rows=args.rows)  # after each row: a killed run keeps them
 
 
@@ -190,20 +188,20 @@ def report(args: Args, row: dict) -> None:
 
 
 def timed(function) -> float:
-    torch.cuda.synchronize()
+    common.memory()  # it waits for the GPU
     start = time.perf_counter()
     function()
-    torch.cuda.synchronize()
+    common.memory()
     return time.perf_counter() - start
 
 
-def measure_step(args: Args, max_num_seqs: int) -> dict:
+def measure_step(args: Args) -> dict:
     cfg = one_step.default_config()
     cfg.prompts_per_step, cfg.group_size = args.prompts, 8
     cfg.max_prompt_tokens, cfg.max_new_tokens = 512, args.max_new_tokens
     cfg.train_data, cfg.reward, cfg.reward_workers = args.train_data, "math", 8
     cfg.minibatches, cfg.micro_batch_tokens = 2, 32_768
-    cfg.max_num_seqs, cfg.gpu_memory_utilization = max_num_seqs, 0.4
+    cfg.max_num_seqs, cfg.gpu_memory_utilization = args.max_num_seqs, 0.4
     settings = one_step.Args(config=cfg)
     began = time.perf_counter()
     bench = one_step.Bench(settings, models.resolve_model(args.model), "vllm")
@@ -214,9 +212,11 @@ def measure_step(args: Args, max_num_seqs: int) -> dict:
     row = {p: median(step.seconds[p] for step in steps[1:]) for p in phases}
     lengths = [(len(r.problem.prompt_ids), len(r.token_ids)) for r in steps[-1].responses]
     totals = one_step.totals(settings, bench, steps[-1], row["update"], lengths)
-    row |= {"max_num_seqs": max_num_seqs, "start s": start, "tokens": generated}
+    row |= {"start s": start, "tokens": generated}
     row |= {"MFU": totals["MFU"], "gap": totals["logprob gap"]}
-    return row | compare_rollouts(args, bench, cfg)
+    row |= compare_rollouts(args, bench, cfg)
+    bench.close()
+    return row
 
 
 def compare_rollouts(args: Args, bench, cfg) -> dict:
@@ -279,8 +279,7 @@ def main(args: Args) -> None:
         measure_updates(args)
     else:
         samplers.choose_sampler("vllm")  # it sets vLLM's environment
-        for max_num_seqs in args.max_num_seqs:
-            report(args, measure_step(args, max_num_seqs))
+        report(args, measure_step(args))
     if dist.is_initialized():
         dist.destroy_process_group()
 

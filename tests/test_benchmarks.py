@@ -629,6 +629,19 @@ def test_step_script(tmp_path):
     assert record["totals"]["train_flops / model"] == pytest.approx(1, abs=0.1)
 
 
+def test_gpu_script_measures_updates(tmp_path):
+    """The changes that need no compilation, which takes a minute on a CPU."""
+    flags = ["update", f"--shapes={json.dumps(TINY_SHAPE)}", "--changes", "kept", "chunks"]
+    flags += "--tokens 132 --sequences 4 --rounds 1".split()
+    record = run_script("gpu.py", *flags, output=tmp_path / "gpu.json")
+    rows = record["rows"]
+    assert [row["changes"] for row in rows] == ["before", "kept", *["chunks"] * 4]
+    assert [row["micro_batch"] for row in rows[2:]] == [32_768, 16_384, 65_536, 16_384]
+    assert all(row["seconds"] > 0 for row in rows), rows
+    norms = [row["grad_norm"] for row in rows]
+    assert norms == pytest.approx([norms[0]] * len(rows), rel=1e-5)
+
+
 def test_scaling_script_measures_one_run(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling.subprocess, "run", forks.run_command)
     args = scaling.Args(shape=json.dumps(TINY_SHAPE), ranks=(2,), micro_batch_tokens=64)
