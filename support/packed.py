@@ -19,6 +19,9 @@ from support import flash
 from support.clock import clock
 from support.host import cache_folder
 
+# Where compiled blocks stay for later runs. It is read when transformers is imported.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+
 # ---- build ---------------------------------------------------------------------------------------
 
 
@@ -83,11 +86,7 @@ def checkpoint_blocks(model) -> None:
 
 
 def compile_blocks(model) -> None:
-    """Compile each block for all lengths. Blocks with the same code are compiled once.
-
-    The results stay on the disk for later runs.
-    """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    """Compile each block for all lengths. Blocks with the same code are compiled once."""
     measure_compilation()
     for block in blocks(model):
         block.compile(dynamic=True)

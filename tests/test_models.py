@@ -1,5 +1,6 @@
 """Architectures: each class is either right or refused by name, before its weights are read."""
 
+import functools
 import sys
 from types import SimpleNamespace
 
@@ -9,8 +10,10 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from support import flash, metrics, models, packed, selfcheck
+from support.clock import clock
 from support.errors import RunError
 from support.packed import packed_attention
+from tests import test_update
 from tests.test_benchmarks import BENCHMARKS
 from tests.world import CPU, config
 
@@ -195,6 +198,18 @@ def test_tiny_copy_has_a_whole_period_of_layers():
     """smollm3: every fourth layer has no positions."""
     tiny = selfcheck.shrink(CONFIG_MAPPING["smollm3"](), selfcheck.LONG)
     assert sorted(tiny.no_rope_layers) == [0, 1]
+
+
+# ---- compiled blocks -----------------------------------------------------------------------------
+
+
+def test_compiled_blocks_have_the_same_gradient(root, monkeypatch):
+    """Traced and differentiated as for a GPU. Code for CPUs would take two minutes to compile."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    clock.start(1)
+    found = test_update.run_update("token", root, micro_batch_tokens=24, compile="on")
+    assert test_update.difference(found, test_update.expected("token", root)) <= 1e-5
+    assert 0.1 < clock.seconds["compile"] < clock.seconds["update"] + clock.seconds["logprobs"]
 
 
 # ---- packed attention ----------------------------------------------------------------------------
