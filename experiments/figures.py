@@ -464,19 +464,16 @@ def method_effects(rows: Rows) -> dict[str, dict[Series, list[float]]]:
 
 
 def methods_answer(found: dict[str, dict[Series, list[float]]]) -> str:
-    better = []
-    worse = []
-    for label, cells in found.items():
-        seen = {sign(values) for values in cells.values() if values}
-        if "-" in seen:
-            worse.append(label)
-        elif "+" in seen:
-            better.append(label)
-    answer = f"Better than Lite PPO: {', '.join(better) or 'none'}; "
-    answer += f"worse: {', '.join(worse) or 'none'}"
-    if len(better) + len(worse) < len(found):
-        answer += "; others: no difference seen"
-    return answer
+    """The methods that differ from Lite PPO, on base and on aligned models."""
+    parts = []
+    for series in (BASE, ALIGNED):
+        for word, wanted in (("better", "+"), ("worse", "-")):
+            names = [name for name, cells in found.items() if sign(cells.get(series, [])) == wanted]
+            if names:
+                parts.append(f"{word} on {series.label}: {', '.join(names)}")
+    if "0" in {sign(values) for cells in found.values() for values in cells.values()}:
+        parts.append("otherwise no difference seen" if parts else "no difference seen")
+    return f"Against Lite PPO, {'; '.join(parts) or 'one seed, no interval'}"
 
 
 def methods(rows: Rows) -> Figure | None:

@@ -347,9 +347,12 @@ def test_titles_follow_the_results():
     assert figures.parts_answer(reverse, labels).startswith("Against neither trick: x, base +2.1")
     assert drawing.does(GAIN) == "gains 2.1 points" and drawing.does(LOSS) == "costs 2.1 points"
     assert drawing.does(NOTHING) == "shows no difference"
-    methods = {"A": {drawing.BASE: GAIN}, "B": {drawing.BASE: LOSS}, "C": {drawing.BASE: NOTHING}}
-    title = "Better than Lite PPO: A; worse: B; others: no difference seen"
+    methods = {"A": {drawing.BASE: GAIN, drawing.ALIGNED: NOTHING}, "B": {drawing.BASE: LOSS}}
+    title = "Against Lite PPO, better on base: A; worse on base: B; otherwise no difference seen"
     assert figures.methods_answer(methods) == title
+    assert figures.methods_answer({"C": methods["B"]}) == "Against Lite PPO, worse on base: C"
+    nothing = "Against Lite PPO, no difference seen"
+    assert figures.methods_answer({"D": {drawing.ALIGNED: NOTHING}}) == nothing
 
 
 def test_the_title_of_the_overview_names_large_effects_only():
