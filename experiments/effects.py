@@ -132,6 +132,11 @@ def accuracies(row: dict) -> list[float]:
     return [statistics.mean(values) for values in zip(*sets)]
 
 
+def accuracy_at_step(row: dict, step: int) -> float:
+    """The accuracy at the evaluation after this step."""
+    return accuracies(row)[row["evaluation"]["step"].index(step)]
+
+
 def cost(row: dict) -> np.ndarray:
     """Responses sampled for training by each evaluation."""
     total = np.cumsum([0, *row["curve"]["rollout/responses"]])
@@ -173,6 +178,7 @@ REWARD_STD = Measure(partial(curve_mean, key="reward/std"), 1, 2)
 STD_RATIO = Measure(std_ratio, 1, 2)
 SAMPLED = Measure(sampled, 1, 0)
 AT_BUDGET = Measure(partial(accuracy_at, budget=BUDGET))
+AT_STEP_18 = Measure(partial(accuracy_at_step, step=18))  # the methods' last evaluation but one
 
 
 # ---- effects -------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def summary(results: Results) -> list[str]:
         "- Accuracy is held out, in %, at the last step.",
         "- An effect is in percentage points against Lite PPO: same environment, same seed.",
         "- Intervals are Student's, 95 %, over the seeds. They are not corrected for their number.",
-        "- All runs of an environment start from the same base model, and share 100 test problems.",
+        "- Runs that are compared start from the same base model, and share 100 test problems.",
         "- The training reward of DAPO is that of the groups that it keeps.",
         "",
     ]
@@ -177,10 +177,13 @@ def switches(results: Results) -> list[str]:
 
 
 def other_methods(results: Results) -> list[str]:
+    """The methods that were run from another base model."""
     if not results.other:
         return []
     body = []
     for name in METHODS:
+        if (PAIR[0], f"tuned {name}") not in results.other:
+            continue
         common = at_common_rate(results.other, PAIR[0], name)
         baseline = at_common_rate(results.other, PAIR[0], "lite_ppo")
         body.append(

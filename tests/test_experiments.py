@@ -75,6 +75,8 @@ def test_other_sentences_of_findings_md_agree_with_the_results():
     assert 0 < means[0] < means[1]
     assert max(map(abs, findings.others_range(STORED))) <= 2.5
     assert "within 2.5 points of zero" in prose(FINDINGS)
+    assert len({grid.best_rate(STORED.lines, name) for name in grid.METHODS}) == 1
+    assert "All methods have the same best rate here." in prose(FINDINGS)
 
 
 def test_prose_of_findings_md_holds_no_measured_number():
@@ -313,6 +315,12 @@ def test_accuracy_at_equal_responses_by_hand():
     budgets = [0, 96, 192, 224, 256, 384, 512]
     found = [effects.accuracy_at(ROW, budget) for budget in budgets]
     assert found == pytest.approx([0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4])
+
+
+def test_accuracy_at_a_step_is_that_of_its_evaluation():
+    assert [effects.accuracy_at_step(ROW, step) for step in (0, 2, 3, 4)] == [0.1, 0.2, 0.3, 0.4]
+    with pytest.raises(ValueError):  # not evaluated
+        effects.accuracy_at_step(ROW, 1)
 
 
 def test_the_looping_share_is_that_of_truncated_responses():
