@@ -138,6 +138,22 @@ def test_every_run_of_the_grid_is_in_the_results_with_its_flags():
         assert STORED.other[r.environment, r.setting][r.seed]["flags"] == r.flags
 
 
+PRESET_FIELDS = sorted({name for preset in lite_ppo.PRESETS.values() for name in preset})
+
+
+@pytest.mark.parametrize("method", grid.METHODS)
+def test_stored_runs_have_the_presets_of_today(method):
+    defaults = vars(lite_ppo.Config())
+    today = vars(learning(f"{grid.TOY} {grid.METHODS[method]}"))
+    settings = {f"{kind} {method}" for kind in ("tuned", "common")}
+    settings |= {f"{method} at {rate}" for rate in grid.RATES}
+    rows = [r for r in STORED.lines + STORED.other_lines if r["setting"] in settings]
+    assert len(rows) >= 27  # 12 of the sweep, 10 on base, 5 on aligned
+    for row in rows:
+        for name in PRESET_FIELDS:
+            assert row["config"].get(name, defaults[name]) == today[name], (row["setting"], name)
+
+
 def test_every_cell_has_five_seeds():
     for question in grid.questions(STORED.lines).values():
         cells = [(r.environment, r.setting) for r in question if " at " not in r.setting]
