@@ -8,7 +8,8 @@ Both have the same model, data, batch, loss and machine. TRL has its own environ
 alternates. Both start from the same checkpoint (the toy), in float32, on the same number of
 threads. Both sample with `transformers`, the engine that they share. A step is one rollout and its
 optimizer steps, from the start of one rollout to the start of the next; the first is dropped.
-Ratios are taken within a pair; the median and the range are printed.
+Ratios are taken within a pair; the median and the range are printed. The output is written after
+each pair, so a killed benchmark keeps its finished pairs.
 
 Settings of both: N prompts, K responses each, temperature 1, no top-p or top-k, M optimizer steps
 per rollout with one forward and backward each, AdamW, the same learning rate and warm-up, no KL
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -322,18 +324,18 @@ def summarize(pairs: list[dict]) -> dict:
     return dict(seconds=rows, tokens_per_step=tokens)
 
 
-def run_pairs(args, job: dict) -> list[dict]:
-    pythons, pairs = {"trl": args.trl_python, "lite_ppo": sys.executable}, []
+def run_pairs(args, job: dict) -> Iterator[dict]:
+    """Each pair as soon as it is measured."""
+    pythons = {"trl": args.trl_python, "lite_ppo": sys.executable}
     for i in range(args.pairs):
         order = ("trl", "lite_ppo") if i % 2 == 0 else ("lite_ppo", "trl")
         pair = {}
         for side in order:
             pair[side] = chunk(side, pythons[side], job | {"seed": i}, args.threads)
-        pairs.append(pair)
         trl, ours = median_of("step", pair["trl"]), median_of("step", pair["lite_ppo"])
         text = f"TRL {trl:.3f} s, lite_ppo {ours:.3f} s per step, ratio {ours / trl:.2f}"
         print(f"pair {i + 1}: {text}", flush=True)
-    return pairs
+        yield pair
 
 
 # ---- report --------------------------------------------------------------------------------------
@@ -345,6 +347,27 @@ def cpu_name() -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def make_record(args, settings: dict, pairs: list[dict]) -> dict:
+    """What --output holds: the conditions, the summary and all pairs so far."""
+    command = " ".join(["python", "benchmarks/versus_trl.py", *sys.argv[1:]])
+    return dict(
+        command=command.replace(args.trl_python, "trl-venv/bin/python"),
+        date=f"{datetime.now():%Y-%m-%d %H:%M}",
+        machine=f"{os.cpu_count()} cores, {cpu_name()}; {args.threads} threads",
+        versions={side: pairs[0][side]["versions"] for side in ("trl", "lite_ppo")},
+        settings=settings | dict(model=args.model, data=args.data),
+        summary=summarize(pairs),
+        pairs=pairs,
+    )
+
+
+def write(record: dict, output: str) -> None:
+    """Replace the file at once: it never holds half a record."""
+    partial = f"{output}.partial"
+    Path(partial).write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(partial, output)
 
 
 def report(summary: dict) -> None:
@@ -366,7 +389,7 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--trl-python", default="trl-venv/bin/python", help="python of the environment of TRL")
-    add("--pairs", type=int, default=5)
+    add("--pairs", type=int, default=5, help="at least 1")
     add("--steps", type=int, default=6, help="timed steps per chunk; one more is dropped")
     add("--model", default="toy")
     add("--data", default="toy:medium")
@@ -380,6 +403,10 @@ def parse() -> argparse.Namespace:
     add("--output", help="JSON file")
     add("--chunk", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.pairs < 1:
+        parser.error(f"--pairs {args.pairs}: must be at least 1")
+    if args.output and not Path(args.output).resolve().parent.is_dir():
+        parser.error(f"--output {args.output}: its folder does not exist; create it")
     if not args.chunk and args.prompts * args.group % args.minibatches:
         parser.error("--minibatches must divide the responses of a step: TRL needs equal batches")
     return args
@@ -394,28 +421,18 @@ def main() -> None:
     names = ("prompts", "group", "minibatches", "new_tokens", "lr", "warmup", "steps")
     settings = {name: getattr(args, name) for name in names}
     paths = dict(model=toy.resolve_model(args.model), data=toy.resolve_data(args.data))
-    pairs = run_pairs(args, settings | paths)
-    summary = summarize(pairs)
-    report(summary)
-    versions = {side: pairs[0][side]["versions"] for side in ("trl", "lite_ppo")}
-    machine = f"{os.cpu_count()} cores, {cpu_name()}; {args.threads} threads"
-    trl, ours = versions["trl"], versions["lite_ppo"]
+    pairs = []
+    for pair in run_pairs(args, settings | paths):
+        pairs.append(pair)
+        record = make_record(args, settings, pairs)
+        if args.output:
+            write(record, args.output)
+    report(record["summary"])
+    trl, ours = (record["versions"][side] for side in ("trl", "lite_ppo"))
     print(
-        f"{machine}; TRL {trl['trl']}, torch {trl['torch']} and {ours['torch']}, "
+        f"{record['machine']}; TRL {trl['trl']}, torch {trl['torch']} and {ours['torch']}, "
         f"transformers {trl['transformers']} and {ours['transformers']}"
     )
-    if args.output:
-        command = " ".join(["python", "benchmarks/versus_trl.py", *sys.argv[1:]])
-        record = dict(
-            command=command.replace(args.trl_python, "trl-venv/bin/python"),
-            date=f"{datetime.now():%Y-%m-%d %H:%M}",
-            machine=machine,
-            versions=versions,
-            settings=settings | dict(model=args.model, data=args.data),
-            summary=summary,
-            pairs=pairs,
-        )
-        Path(args.output).write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -368,6 +369,52 @@ def test_phases_of_trl_add_up_to_the_step():
     assert step["update"] == 8 - 5 + 1
     assert step["other"] == 10 - (3 + 0.5 + 1 + 4)
     assert (step["step"], step["cpu"], step["tokens"]) == (10, 12, 100)
+
+
+def test_output_is_written_after_each_pair(tmp_path, monkeypatch):
+    """The third pair fails: the file holds the two before it."""
+    output = tmp_path / "versus_trl.json"
+    started = []
+
+    def fake_chunk(side, python, job, threads):
+        started.append((side, job["seed"]))
+        if job["seed"] == 2:
+            raise SystemExit("error: the chunk failed")
+        seconds = 4.0 if side == "trl" else job["seed"] + 1.0
+        keys = ("step", *versus_trl.PHASES, "cpu", "tokens")
+        versions = dict.fromkeys(("trl", "torch", "transformers"), "1")
+        return dict(steps=[dict.fromkeys(keys, seconds)], versions=versions, threads=threads)
+
+    monkeypatch.setattr(versus_trl, "chunk", fake_chunk)
+    words = f"versus_trl.py --model {tmp_path} --data {tmp_path} --pairs 3 --output {output}"
+    monkeypatch.setattr(sys, "argv", words.split())
+    with pytest.raises(SystemExit, match="the chunk failed"):
+        versus_trl.main()
+    assert started == [("trl", 0), ("lite_ppo", 0), ("lite_ppo", 1), ("trl", 1), ("trl", 2)]
+    record = json.loads(output.read_text())
+    assert len(record["pairs"]) == 2
+    assert record["summary"]["seconds"]["step"]["ratio"] == 0.375  # of 1/4 and 2/4
+    assert list(tmp_path.iterdir()) == [output]  # no partial file
+
+
+def test_output_is_not_written_halfway(tmp_path, monkeypatch):
+    """A kill before the new record is complete leaves the old one."""
+    output = tmp_path / "versus_trl.json"
+    versus_trl.write({"pairs": [1]}, str(output))
+    monkeypatch.setattr(versus_trl.os, "replace", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        versus_trl.write({"pairs": [1, 2]}, str(output))
+    assert json.loads(output.read_text()) == {"pairs": [1]}
+
+
+@pytest.mark.parametrize(
+    "flags", ["--pairs 0", "--output no/such/folder/versus_trl.json", "--group 3 --prompts 1"]
+)
+def test_bad_flag_of_the_comparison_is_refused_at_once(flags, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["versus_trl.py", *flags.split()])
+    with pytest.raises(SystemExit):
+        versus_trl.main()
+    assert "error: --" in capsys.readouterr().err
 
 
 # ---- scaling on paper ----------------------------------------------------------------------------
