@@ -114,7 +114,6 @@ class Optimizer:
     minibatches: int = 1  # optimizer steps per rollout; with 1 the ratio is 1 and nothing clips
     lr: float = 1e-6  # constant after the warm-up
     warmup_steps: int = 50  # steps over which lr rises linearly from 0
-    weight_decay: float = 0.0  # decoupled
     max_grad_norm: float = 1.0  # the gradient norm over all ranks is clipped to this
 
 
@@ -132,7 +131,6 @@ class System:
     cpu_offload: bool = False  # parameters, gradients and optimizer state live in host memory
     max_num_seqs: int = 256  # sequences that the sampler decodes at once, per rank
     gpu_memory_utilization: float = 0.6  # share of the GPU that vLLM takes while it samples
-    kv_cache_gib: float = 0.0  # a fixed cache for vLLM, where runs share a GPU; 0: from that share
     max_logprob_gap: float = 0.0  # largest mean, nats; 0: 1e-3 in float32, 0.03 in bfloat16
     timeout_minutes: float = 30.0  # the run ends when a rank makes no progress for so long
 
@@ -485,7 +483,7 @@ def train(cfg: Config) -> dict[str, float]:
         policy = build_policy(cfg, path, device)
         reference = build_policy(cfg, path, device, trainable=False) if cfg.kl_coef else None
         weights = policy.parameters()
-        optimizer = torch.optim.AdamW(weights, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(weights, cfg.lr, weight_decay=0.0, fused=True)
         run.restore(policy, optimizer, sampler)
         sync_weights(sampler, policy, dtype)
         metrics = {}  # a finished run has no steps left

@@ -79,7 +79,7 @@ class Trial:
         if cfg.kl_coef:
             self.reference = lite_ppo.build_policy(cfg, path, device, trainable=False)
         self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True
+            self.policy.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True
         )
 
     def sync(self) -> None:

@@ -137,7 +137,7 @@ class Bench:
         if cfg.kl_coef:
             self.reference = lite_ppo.build_policy(cfg, folder, self.device, trainable=False)
         self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True
+            self.policy.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True
         )
         if self.sampler:
             lite_ppo.sync_weights(self.sampler, self.policy, self.dtype)

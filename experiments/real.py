@@ -3,9 +3,9 @@
     python experiments/real.py --model Qwen/Qwen2.5-Coder-0.5B-Instruct \\
         --train-data gsm8k_train.jsonl --eval-data gsm8k=gsm8k_test.jsonl
 
-    # nine runs side by side on one GPU; each keeps a fixed cache, see --kv-cache-gib
-    python experiments/real.py ... --only methods --methods lite_ppo grpo reinforce --jobs 9 \\
-        --machine "--kv-cache-gib 1.25 --micro-batch-tokens 8192"
+    # nine runs side by side on one GPU; each keeps a fixed cache
+    LITE_PPO_KV_CACHE_GIB=1.25 python experiments/real.py ... --only methods --jobs 9 \\
+        --methods lite_ppo grpo reinforce --machine "--micro-batch-tokens 8192"
 
     sweep      every method at every rate of --rates, on seeds that no other question uses
     methods    every method at its best rate of the sweep; without a sweep at --lr

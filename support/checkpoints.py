@@ -40,7 +40,7 @@ MAY_CHANGE = {
     *("eval_data", "eval_every", "eval_samples", "eval_size", "eval_temperature"),
     *("reward_timeout", "reward_workers", "reward_memory_gib"),
     *("micro_batch_tokens", "activation_checkpointing", "cpu_offload", "shard_ranks"),
-    *("max_num_seqs", "gpu_memory_utilization", "kv_cache_gib"),
+    *("max_num_seqs", "gpu_memory_utilization"),
     *("max_logprob_gap", "timeout_minutes"),
 }
 

@@ -52,7 +52,7 @@ tidy.calls = 0  # in this process
 # ---- error messages ------------------------------------------------------------------------------
 
 REMEDIES = {  # phase: what reduces its memory
-    "start": "more ranks, --cpu-offload, or a lower --gpu-memory-utilization or --kv-cache-gib",
+    "start": "more ranks, --cpu-offload, or a lower --gpu-memory-utilization",
     "rollout": "a lower --max-num-seqs or --gpu-memory-utilization",
     "logprobs": "a lower --micro-batch-tokens",
     "update": "a lower --micro-batch-tokens, --activation-checkpointing, more ranks, "
@@ -104,7 +104,7 @@ def describe(error: BaseException, rank: int) -> str:
     if any(part in str(error) for part in GPU_IS_SHARED):
         return (
             f"{where}: another process on this GPU changed its memory while vLLM measured it; "
-            f"--kv-cache-gib lets runs share a GPU ({text.splitlines()[0][:200]})"
+            f"LITE_PPO_KV_CACHE_GIB lets runs share a GPU ({text.splitlines()[0][:200]})"
         )
     if rank_has_ended(error):
         return f"{where}: another rank has ended ({text.splitlines()[0][:200]})"

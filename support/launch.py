@@ -105,10 +105,10 @@ LOWEST = {  # lowest legal value: flags
         *("minibatches", "micro_batch_tokens", "max_num_seqs", "eval_samples"),
     ),
     0: (
-        *("seed", "top_k", "lr", "warmup_steps", "weight_decay", "kl_coef", "tis_cap"),
+        *("seed", "top_k", "lr", "warmup_steps", "kl_coef", "tis_cap"),
         *("clip_low", "clip_high", "dual_clip", "overlong_buffer", "max_logprob_gap"),
         *("eval_every", "eval_size", "eval_temperature", "save_every", "samples_per_step"),
-        *("reward_workers", "reward_memory_gib", "shard_ranks", "kv_cache_gib"),
+        *("reward_workers", "reward_memory_gib", "shard_ranks"),
     ),
 }
 POSITIVE = (

@@ -423,7 +423,7 @@ def memory_options(cfg, device: torch.device, two_responses: int) -> dict[str, A
     of the whole GPU when it starts and when it sleeps. Both fail if another process changes its
     own memory at that moment. With a fixed cache vLLM measures nothing and keeps its memory.
     """
-    fixed = int(cfg.kv_cache_gib * 2**30)
+    fixed = fixed_cache()
     if device.type != "cuda":
         return dict(enforce_eager=True, kv_cache_memory_bytes=fixed or max(2**28, two_responses))
     if not fixed:
@@ -431,6 +431,18 @@ def memory_options(cfg, device: torch.device, two_responses: int) -> dict[str, A
     # vLLM does not start unless this share of the GPU is free.
     share = min(1.0, fixed / torch.cuda.get_device_properties(device).total_memory)
     return dict(kv_cache_memory_bytes=fixed, gpu_memory_utilization=share)
+
+
+def fixed_cache() -> int:
+    """Bytes of the cache that LITE_PPO_KV_CACHE_GIB asks for; 0: none."""
+    text = os.environ.get("LITE_PPO_KV_CACHE_GIB", "0")
+    try:
+        size = int(float(text) * 2**30)
+    except (ValueError, OverflowError):  # also for "nan" and "inf"
+        size = -1
+    if size < 0:
+        raise UserError(f"LITE_PPO_KV_CACHE_GIB={text}: must be a number of GiB, such as 1.25")
+    return size
 
 
 def register_models(architectures: list[str]) -> None:
@@ -515,7 +527,7 @@ def make(name: str, cfg, path: str, eos_ids: list[int], device: torch.device, dt
     """The sampler with this name, without weights. The caller must load them.
 
     path: the model folder. eos_ids: any of them ends a response. Fields of cfg that are read:
-    seed, max_prompt_tokens, max_new_tokens, max_num_seqs, gpu_memory_utilization, kv_cache_gib.
+    seed, max_prompt_tokens, max_new_tokens, max_num_seqs, gpu_memory_utilization.
     """
     if name == "vllm":
         return VllmSampler(cfg, path, eos_ids, device, dtype)

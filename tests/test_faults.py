@@ -456,9 +456,9 @@ class NanLogprobs:
         self.response_logprobs = lite_ppo.response_logprobs
         self.calls = 0
 
-    def __call__(self, model, batch, temperature):
+    def __call__(self, model, compiled, batch, temperature):
         self.calls += 1
-        logprobs, entropy = self.response_logprobs(model, batch, temperature)
+        logprobs, entropy = self.response_logprobs(model, compiled, batch, temperature)
         sick = (batch.response_index == 3) & (self.calls == 2)
         return logprobs * torch.where(sick, torch.nan, 1.0), entropy
 

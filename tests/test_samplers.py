@@ -273,19 +273,25 @@ def test_fixed_cache_lets_vllm_share_a_gpu(monkeypatch):
     card = SimpleNamespace(total_memory=100 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
 
-    alone = SimpleNamespace(kv_cache_gib=0.0, gpu_memory_utilization=0.6)
+    cfg = SimpleNamespace(gpu_memory_utilization=0.6)
     measured = dict(gpu_memory_utilization=0.6, enable_sleep_mode=True)
-    assert samplers.memory_options(alone, gpu, 1) == measured
+    assert samplers.memory_options(cfg, gpu, 1) == measured
+    for two_responses, size in ((1, 2**28), (2**30, 2**30)):
+        assert samplers.memory_options(cfg, CPU, two_responses)["kv_cache_memory_bytes"] == size
 
-    beside = SimpleNamespace(kv_cache_gib=2.5, gpu_memory_utilization=0.6)
-    fixed = samplers.memory_options(beside, gpu, 1)
+    monkeypatch.setenv("LITE_PPO_KV_CACHE_GIB", "2.5")
+    fixed = samplers.memory_options(cfg, gpu, 1)
     assert fixed["kv_cache_memory_bytes"] == 2.5 * 2**30  # so vLLM does not measure
     assert fixed["gpu_memory_utilization"] == 0.025  # what must be free is the cache
     assert "enable_sleep_mode" not in fixed  # falling asleep measures, too
+    assert samplers.memory_options(cfg, CPU, 2**30)["kv_cache_memory_bytes"] == 2.5 * 2**30
 
-    sizes = [(alone, 1, 2**28), (alone, 2**30, 2**30), (beside, 2**30, 2.5 * 2**30)]
-    for cfg, two_responses, size in sizes:
-        assert samplers.memory_options(cfg, CPU, two_responses)["kv_cache_memory_bytes"] == size
+
+@pytest.mark.parametrize("text", ["", "much", "-1", "nan", "inf"])
+def test_fixed_cache_must_be_a_number(text, monkeypatch):
+    monkeypatch.setenv("LITE_PPO_KV_CACHE_GIB", text)
+    with pytest.raises(UserError, match=f"LITE_PPO_KV_CACHE_GIB={text}: must be a number of GiB"):
+        samplers.fixed_cache()
 
 
 @pytest.mark.parametrize(
@@ -293,7 +299,7 @@ def test_fixed_cache_lets_vllm_share_a_gpu(monkeypatch):
 )
 def test_shared_gpu_is_one_message_with_the_remedy(text):
     message = guard.describe(AssertionError(text), 0)
-    assert "--kv-cache-gib lets runs share a GPU" in message and text in message
+    assert "LITE_PPO_KV_CACHE_GIB lets runs share a GPU" in message and text in message
     assert "\n" not in message
 
 
