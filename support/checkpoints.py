@@ -39,9 +39,8 @@ MAY_CHANGE = {
     *("steps", "train_data", "output_dir", "resume", "save_every", "samples_per_step"),
     *("eval_data", "eval_every", "eval_samples", "eval_size", "eval_temperature"),
     *("reward_timeout", "reward_workers", "reward_memory_gib"),
-    *("micro_batch_tokens", "activation_checkpointing", "cpu_offload", "shard_ranks"),
-    *("max_num_seqs", "gpu_memory_utilization"),
-    *("max_logprob_gap", "timeout_minutes"),
+    *("micro_batch_tokens", "compile", "activation_checkpointing", "cpu_offload", "shard_ranks"),
+    *("max_num_seqs", "gpu_memory_utilization", "max_logprob_gap", "timeout_minutes"),
 }
 
 
