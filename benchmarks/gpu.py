@@ -46,13 +46,13 @@ from support.samplers import Sampling
 
 TOKENS = 4096  # of a sequence
 CHANGES = ("blocks", "kept", "flash", "logits", "chunks")
-SIZES = {"qwen3-0.6b": 32_768, "qwen3-1.7b": 32_768, "qwen3-4b": 32_768}  # tokens per micro-batch
+USUAL = 32_768  # tokens of a micro-batch
 
 
 @dataclass
 class Args:
     part: tyro.conf.Positional[Literal["update", "step"]]
-    shapes: tuple[str, ...] = tuple(SIZES)  # update: names in common.SHAPES
+    shapes: tuple[str, ...] = ("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b")  # update: of common.SHAPES
     changes: tuple[Literal["blocks", "kept", "flash", "logits", "chunks"], ...] = CHANGES  # update
     sequences: int = 16  # update: per optimizer step
     tokens: int = TOKENS  # update: of each sequence
@@ -170,12 +170,11 @@ def kernel_times(bench, longest: int = 30) -> list[dict]:
 
 def measure_updates(args: Args) -> None:
     for shape in args.shapes:
-        usual = SIZES.get(shape, 32_768)
         for count in range(len(args.changes) + 1):
-            report(args, measure(args, shape, args.changes[:count], usual))
-        for micro_batch in (usual // 2, usual * 2):
+            report(args, measure(args, shape, args.changes[:count], USUAL))
+        for micro_batch in (USUAL // 2, USUAL * 2):
             report(args, measure(args, shape, args.changes, micro_batch))
-        report(args, measure(args, shape, args.changes, usual // 2, checkpointing=False))
+        report(args, measure(args, shape, args.changes, USUAL // 2, checkpointing=False))
 
 
 def report(args: Args, row: dict) -> None:
