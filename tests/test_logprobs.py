@@ -371,6 +371,37 @@ def test_backward_makes_only_the_gradient_that_is_needed():
     assert memory.largest == 8 * 50
 
 
+class Passes(TorchDispatchMode):
+    """Counts the operations on at least `large` numbers, in backward as well."""
+
+    def __init__(self, large):
+        super().__init__()
+        self.large = large
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.count += torch.is_tensor(result) and result.numel() >= self.large
+        return result
+
+
+def test_unused_entropy_costs_no_pass_over_the_logits_in_backward():
+    hidden, weight, ids = example(6, 40)
+    counts = []
+    for used in (False, True):
+        logprobs, entropy = linear_logprobs(hidden, weight, ids)
+        loss = logprobs.sum() + (entropy.sum() if used else 0)
+        with Passes(large=40) as passes:  # a row of logits
+            loss.backward()
+        counts.append(passes.count)
+    assert 0 < counts[0] < counts[1]
+
+
+def test_vocabulary_may_be_larger_than_a_block_of_rows():
+    hidden, weight, ids = example(2, 2**20 + 1, dim=1)
+    close(linear_logprobs(hidden, weight, ids)[0], tricks.token_logprobs(hidden @ weight.t(), ids))
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 x2, x3, i2 = torch.zeros(2), torch.zeros(3), torch.zeros(2, dtype=torch.int64)
