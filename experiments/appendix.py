@@ -17,6 +17,7 @@ PANELS = {  # title, key, factor
     "truncated": ("truncated, % of responses", "response/truncated", 100),
     "looping": ("looping, % of responses", "looping", 100),
     "spread": ("std of the rewards", "reward/std", 1),
+    "kl": ("KL to the old policy, 1e-3 nats", "policy/approx_kl", 1000),
     "gap": ("log-prob gap, 1e-3 nats", "rollout/logprob_gap_mean", 1000),
 }
 DPI = 85

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import real_findings
 from claims import CLAIMS, Claim
 from effects import (
     ACCURACY,
@@ -363,10 +364,14 @@ def numbers(tables: list[Table]) -> str:
     return "\n".join(lines)
 
 
-def generated(results: Results) -> dict[str, str]:
+def generated(results: Results, real: Results) -> dict[str, str]:
     """Heading -> text of the generated sections of docs/findings.md."""
     tables = [make(results) for make in TABLES]
-    return {"Measured": measured(results), "Tables": numbers(tables)}
+    return {
+        "Measured": measured(results),
+        real_findings.TITLE: real_findings.section(results, real),
+        "Tables": numbers(tables),
+    }
 
 
 def with_sections(page: str, sections: dict[str, str]) -> str:
@@ -380,6 +385,6 @@ def with_sections(page: str, sections: dict[str, str]) -> str:
     return page.rstrip("\n") + "\n"
 
 
-def write_findings(results: Results, path: Path) -> None:
+def write_findings(results: Results, real: Results, path: Path) -> None:
     page = path.read_text(encoding="utf-8")
-    path.write_text(with_sections(page, generated(results)), encoding="utf-8")
+    path.write_text(with_sections(page, generated(results, real)), encoding="utf-8")

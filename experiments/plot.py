@@ -30,6 +30,11 @@ def toy_results() -> Results:
     return Results("results/toy.jsonl", load(TOY_RESULTS), load(OTHER_MODEL))
 
 
+def real_results() -> Results:
+    """Those of real models."""
+    return Results("experiments/results/real.jsonl", load(REAL_RESULTS))
+
+
 def draw_toy() -> None:
     """Figures, results.md and the generated parts of findings.md."""
     results = toy_results()
@@ -37,7 +42,7 @@ def draw_toy() -> None:
     figures.draw_figures(results.rows, folder)
     appendix.draw_appendix(results.rows, folder / "appendix")
     (HERE / "results.md").write_text(results_page(results), encoding="utf-8")
-    findings.write_findings(results, FINDINGS)
+    findings.write_findings(results, real_results(), FINDINGS)
 
 
 def draw_other_toy(results: Results, folder: Path) -> None:
@@ -50,8 +55,7 @@ def draw_other_toy(results: Results, folder: Path) -> None:
 def draw_real() -> None:
     """real.md and its figures, if there are results of real models."""
     if REAL_RESULTS.exists():
-        results = Results("results/real.jsonl", load(REAL_RESULTS))
-        real_page.draw(results, HERE / "real.md", HERE / "figures/real")
+        real_page.draw(real_results(), HERE / "real.md", HERE / "figures/real")
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from grid import METHODS
 from tables import Question, Results, markdown
 
 BASELINE = "lite_ppo"
-PANELS = ["reward", "entropy", "length", "clip_high", "clip_low", "truncated", "gap"]
+PANELS = ["reward", "entropy", "length", "truncated", "clip_low", "clip_high", "kl", "gap"]
 COLUMNS = {
     "accuracy": ACCURACY,
     "since step 0": GAIN,
@@ -53,7 +53,7 @@ def questions_of(rows: Rows) -> list[Question]:
         groups = {
             "methods": [name for name in names if name in METHODS],
             "switches": [n for n in names if n == BASELINE or n not in METHODS and not swept(n)],
-            "sweep": [name for name in names if swept(name)],
+            "sweep": [n for n in names if swept(n) or n == BASELINE],
         }
         for title, settings in groups.items():
             if settings and (settings != [BASELINE] or names == [BASELINE]):

@@ -27,6 +27,8 @@ import findings  # noqa: E402
 import grid  # noqa: E402
 import plot  # noqa: E402
 import real  # noqa: E402
+import real_findings  # noqa: E402
+import real_page  # noqa: E402
 import run  # noqa: E402
 import tables  # noqa: E402
 
@@ -35,6 +37,7 @@ from support import launch, toy  # noqa: E402
 from tests import forks  # noqa: E402
 
 STORED = plot.toy_results()
+REAL_MODELS = plot.real_results()
 FINDINGS = (ROOT / "docs/findings.md").read_text(encoding="utf-8")
 
 
@@ -46,7 +49,7 @@ def test_results_md_is_what_the_results_generate():
 
 
 def test_findings_md_holds_what_the_results_generate():
-    sections = findings.generated(STORED)
+    sections = findings.generated(STORED, REAL_MODELS)
     assert findings.with_sections(FINDINGS, sections) == FINDINGS
     assert "not run" not in FINDINGS and "nan" not in FINDINGS and "<!--" not in FINDINGS
     assert FINDINGS.count("+8.0") >= 1  # a wrong number and a lost section are noticed
@@ -57,7 +60,9 @@ def test_findings_md_holds_what_the_results_generate():
 
 def prose(page: str) -> str:
     """The hand-written part of findings.md, on one line."""
-    written = re.sub(r"^## (Measured|Tables)\n.*?(?=^## |\Z)", "", page, flags=re.M | re.S)
+    written = re.sub(
+        r"^## (Measured|On a real model|Tables)\n.*?(?=^## |\Z)", "", page, flags=re.M | re.S
+    )
     return " ".join(written.split())
 
 
@@ -91,7 +96,25 @@ def test_a_verdict_that_the_results_contradict_stops_the_page():
         lines.append(row)
     changed = tables.Results(STORED.source, lines, STORED.other_lines)
     with pytest.raises(ValueError, match="filter, tight limit"):
-        findings.generated(changed)
+        findings.generated(changed, REAL_MODELS)
+
+
+def test_a_verdict_on_a_real_model_that_the_results_contradict_stops_the_page():
+    lines = []
+    for row in REAL_MODELS.lines:
+        better = row["setting"] == "grpo"
+        final = row["final"] | ({"accuracy": 0.9 + row["seed"] / 1000} if better else {})
+        lines.append(row | {"final": final})
+    with pytest.raises(ValueError, match="GRPO against Lite PPO"):
+        findings.generated(STORED, tables.Results(REAL_MODELS.source, lines))
+
+
+def test_page_and_headline_of_real_models_are_what_the_results_generate():
+    page = real_page.page(REAL_MODELS, "figures/real")
+    assert page == (EXPERIMENTS / "real.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for effect in real_findings.headline(REAL_MODELS):
+        assert effect in " ".join(readme.split())
 
 
 def headings(path: Path) -> list[str]:
@@ -99,7 +122,8 @@ def headings(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["docs/findings.md", "experiments/README.md", "experiments/results.md"]
+    "name",
+    ["docs/findings.md", "experiments/README.md", "experiments/results.md", "experiments/real.md"],
 )
 def test_links_lead_somewhere(name):
     page = ROOT / name
@@ -688,6 +712,7 @@ def swept(method: str, rate: str, accuracy: float) -> str:
 
 def test_methods_on_a_real_model_take_the_best_rate_of_the_sweep(recorder, tmp_path, monkeypatch):
     rows = [swept("grpo", "1e-6", 0.3), swept("grpo", "1e-5", 0.4), swept("rloo", "1e-6", 0.9)]
+    rows += [swept("grpo", "1e-4", 0.9), swept("lite_ppo", "1e-4", 0.9)]  # not in --rates
     (tmp_path / "r.jsonl").write_text("".join(rows))
     words = "--methods grpo rloo lite_ppo --seeds 7 --rates 1e-6 1e-5 --only".split()
     assert call_real(monkeypatch, tmp_path, *words, "sweep", "methods") == 0
@@ -728,7 +753,7 @@ def test_unfinished_runs_can_be_read(tmp_path, monkeypatch):
     [
         (["--methods", "ppo"], "invalid choice: 'ppo'"),
         (["--switches", "std: ddof 0"], "invalid choice: 'std: ddof 0'"),
-        (["--jobs", "0"], "--jobs 0 --steps 30: must be at least 1"),
+        (["--jobs", "0"], "--jobs 0 --steps 20: must be at least 1"),
         (["--flags", "--group-size 4 --lr 1"], "--flags --lr: real.py sets it"),
     ],
 )
@@ -846,3 +871,21 @@ def test_a_fork_is_an_ordinary_run(forked):
     assert plain and plain == samples(forked / "forks/tiny-lite_ppo-5/samples.jsonl")
     rows = {row["setting"]: row for row in run.load(forked / "f.jsonl")}
     assert "advantage" not in rows["lite_ppo"] and rows["eps 1e-4"]["advantage"] == "eps 1e-4"
+
+
+def test_healthy_ranges_of_operating_md_are_those_of_the_results():
+    """The smallest and the largest value of all steps of Lite PPO at 3e-6."""
+    runs = [row["curve"] for row in REAL_MODELS.lines if row["setting"] == "lite_ppo"]
+    page = (ROOT / "docs/operating.md").read_text(encoding="utf-8")
+    ranges = {
+        "policy/grad_norm": (1, 2),
+        "policy/entropy": (1, 2),
+        "policy/clip_high": (100, 3),
+        "response/length_mean": (1, 0),
+        "rollout/logprob_gap_mean": (1, 3),
+    }
+    for key, (factor, digits) in ranges.items():
+        values = [factor * value for curves in runs for value in curves[key]]
+        low, high = re.search(rf"`{key}`[^|]*\| ([\d.]+) to ([\d.]+) \|", page).groups()
+        assert float(low) == round(min(values), digits), key
+        assert float(high) == round(max(values), digits), key
