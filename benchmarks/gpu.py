@@ -29,7 +29,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Literal, get_args
 from unittest import mock
 
 import common  # first: it makes lite_ppo importable
@@ -45,7 +45,8 @@ from support.clock import clock
 from support.samplers import Sampling
 
 TOKENS = 4096  # of a sequence
-CHANGES = ("blocks", "kept", "flash", "logits", "chunks")
+Change = Literal["blocks", "kept", "flash", "logits", "chunks"]
+CHANGES = get_args(Change)
 USUAL = 32_768  # tokens of a micro-batch
 
 
@@ -53,7 +54,7 @@ USUAL = 32_768  # tokens of a micro-batch
 class Args:
     part: tyro.conf.Positional[Literal["update", "step"]]
     shapes: tuple[str, ...] = ("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b")  # update: of common.SHAPES
-    changes: tuple[Literal["blocks", "kept", "flash", "logits", "chunks"], ...] = CHANGES  # update
+    changes: tuple[Change, ...] = CHANGES  # update
     sequences: int = 16  # update: per optimizer step
     tokens: int = TOKENS  # update: of each sequence
     rounds: int = 2  # updates or steps that count

@@ -184,6 +184,12 @@ def test_changed_setting_is_one_message(changes, message, one_rank_run, root):
     assert steps_logged(one_rank_run) == list(range(8))
 
 
+def test_compilation_may_change(one_rank_run, root):
+    """The message about a failed compilation advises --compile off."""
+    train(root, "one", steps=7, compile="off", **SAVED)
+    assert steps_logged(one_rank_run) == list(range(8))
+
+
 def put_root(value, root: Path):
     return value.replace("ROOT", str(root)) if isinstance(value, str) else value
 
