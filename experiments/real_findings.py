@@ -64,7 +64,7 @@ What this comparison cannot say:
 - The model is aligned, and the paper's claim is about base models. No base model was at hand; an
   aligned model without its template is none.
 - One learning rate for all methods, without a sweep. Another rate may change the order.
-- It is short, and has three seeds.
+- It is short, and has three seeds. The interval of Lite PPO's own gain contains zero.
 - The weights come from a 4-bit file. Dr. GRPO, RLOO, REINFORCE and the single switches have not
   been run on this model.
 

@@ -113,6 +113,8 @@ def test_page_and_headline_of_real_models_are_what_the_results_generate():
     page = real_page.page(REAL_MODELS, "figures/real")
     assert page == (EXPERIMENTS / "real.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    gains = effects.level(REAL_MODELS.rows, "lite_ppo", [real_findings.GSM8K], effects.GAIN)
+    assert effects.sign(gains) == "0" and "Lite PPO's own gain contains zero" in FINDINGS
     for effect in real_findings.headline(REAL_MODELS):
         assert effect in " ".join(readme.split())
 
