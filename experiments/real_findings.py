@@ -49,14 +49,15 @@ TAKEAWAYS = [
             here("its length, tokens", "-", "dapo, no resampling", measure=LENGTH),
         ],
         "Not decided: no difference from Lite PPO is seen; DAPO is behind GRPO",
-        "Watch `response/length_mean` when the overlong punishment is on: responses become shorter "
-        "here although few are truncated",
+        "Watch `response/length_mean` with DAPO. The overlong punishment may be the reason, but "
+        "DAPO differs in three more settings, and none was run alone",
     ),
 ]
 
 BEFORE = """
-All methods have the same learning rate, prompts, responses and optimizer steps.
-One H200, 2026-11-28, seven runs side by side. The nine runs took 14 minutes.
+All methods have the same learning rate and prompts, and as many responses and optimizer steps.
+One H200, 2026-11-28: the six runs of seeds 0 and 1 side by side, beside one at a higher rate; then
+the three of seed 2. All took 14 minutes.
 """.strip()
 LIMITS = """
 What this comparison cannot say:
@@ -64,6 +65,8 @@ What this comparison cannot say:
 - The model is aligned, and the paper's claim is about base models. No base model was at hand; an
   aligned model without its template is none.
 - One learning rate for all methods, without a sweep. Another rate may change the order.
+- The intervals are over seeds only, and not corrected for their number. All runs use the same test
+  problems.
 - It is short, and has three seeds. The interval of Lite PPO's own gain contains zero.
 - The weights come from a 4-bit file. Dr. GRPO, RLOO, REINFORCE and the single switches have not
   been run on this model.
@@ -72,7 +75,9 @@ To repeat it (the recipe is the default of `real.py`):
 
     LITE_PPO_KV_CACHE_GIB=1.25 python experiments/real.py --model FOLDER \\
         --train-data gsm8k_train.jsonl --eval-data gsm8k=gsm8k_test.jsonl --only methods --jobs 6 \\
-        --methods lite_ppo grpo "dapo, no resampling" --machine "--micro-batch-tokens 8192"
+        --methods lite_ppo grpo "dapo, no resampling" --machine "--micro-batch-tokens 8192" \\
+        --name "GSM8K Qwen2.5-Coder-0.5B-Instruct" --results repeat.jsonl
+    python experiments/plot.py --results repeat.jsonl
 
 All numbers are in [real.md](../experiments/real.md). A run with a rate that is too high is in
 [operating.md](operating.md#a-healthy-and-an-unhealthy-run).
