@@ -47,6 +47,14 @@ class Finding:
     def holds(self, results: Results) -> bool:
         return sign(self.values(results)) == self.sign
 
+    def check(self, results: Results, verdict: str) -> None:
+        """ValueError if the results contradict the sign that the verdict rests on."""
+        if not self.holds(results):
+            raise ValueError(
+                f"the verdict {verdict!r} expects the sign {self.sign!r} of "
+                f"{self.text(results)!r}; rewrite the verdict"
+            )
+
 
 def against_lite_ppo(label: str, expected: str, setting: str, environments, measure=ACCURACY):
     return Finding(label, expected, setting, "lite_ppo", environments, measure)
@@ -66,11 +74,7 @@ class Claim:
 
     def check(self, results: Results) -> None:
         for finding in [*self.shown, *self.unshown]:
-            if not finding.holds(results):
-                raise ValueError(
-                    f"claims.py: the verdict {self.carries_over!r} expects the sign "
-                    f"{finding.sign!r} of {finding.text(results)!r}; rewrite the verdict"
-                )
+            finding.check(results, self.carries_over)
 
     def measured(self, results: Results) -> str:
         if self.text:

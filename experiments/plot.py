@@ -1,10 +1,10 @@
 """Figures and tables of the results of run.py.
 
-    python experiments/plot.py    # figures/*.png, results.md, the generated parts of findings.md
+    python experiments/plot.py    # figures, results.md, real.md, generated parts of findings.md
     python experiments/plot.py --results experiments/results/other.jsonl    # results of other runs
 
-If results/real.jsonl exists, also real.md and figures/real. For other results, everything goes
-into a folder beside the file. What an effect and its interval are is written in effects.py.
+For other results, everything goes into a folder beside the file. effects.py says what an effect and
+its interval are.
 """
 
 import argparse
@@ -53,9 +53,8 @@ def draw_other_toy(results: Results, folder: Path) -> None:
 
 
 def draw_real() -> None:
-    """real.md and its figures, if there are results of real models."""
-    if REAL_RESULTS.exists():
-        real_page.draw(real_results(), HERE / "real.md", HERE / "figures/real")
+    """real.md and its figures."""
+    real_page.draw(real_results(), HERE / "real.md", HERE / "figures/real")
 
 
 def main() -> None:

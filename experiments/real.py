@@ -190,8 +190,9 @@ def parse_arguments() -> argparse.Namespace:
     if args.jobs < 1 or args.steps < 1:
         parser.error(f"--jobs {args.jobs} --steps {args.steps}: must be at least 1")
     for flag in ("--steps", "--lr", "--preset", "--seed", "--eval-every"):
-        if flag in args.flags.split():
-            parser.error(f"--flags {flag}: real.py sets it for each run; see --help")
+        for name, text in (("--flags", args.flags), ("--machine", args.machine)):
+            if flag in {word.split("=")[0] for word in text.split()}:
+                parser.error(f"{name} {flag}: real.py sets it for each run; see --help")
     args.name = args.name or f"{Path(args.train_data).stem} {Path(args.model).name}"
     return args
 

@@ -46,14 +46,14 @@ COLUMNS = {
 
 
 def questions_of(rows: Rows) -> list[Question]:
-    """Methods, switches and the sweep of each environment, as far as they have results."""
+    """Methods, switches and learning rates of each environment, as far as they have results."""
     found = []
     for env in dict.fromkeys(env for env, _ in rows):
         names = sorted((s for e, s in rows if e == env), key=lambda s: s != BASELINE)
         groups = {
             "methods": [name for name in names if name in METHODS],
             "switches": [n for n in names if n == BASELINE or n not in METHODS and not swept(n)],
-            "sweep": [n for n in names if swept(n) or n == BASELINE],
+            "rates": [n for n in names if swept(n) or n == BASELINE],
         }
         for title, settings in groups.items():
             if settings and (settings != [BASELINE] or names == [BASELINE]):

@@ -29,7 +29,16 @@ import mutation  # noqa: E402
 import scaling  # noqa: E402
 import soak  # noqa: E402
 import versus_trl  # noqa: E402
-from memory_plan import GIB, MIB, SHAPES, Settings, Shape, block_bytes, engine_parts, plan  # noqa: E402
+from memory_plan import (  # noqa: E402
+    GIB,
+    MIB,
+    SHAPES,
+    Settings,
+    Shape,
+    block_bytes,
+    engine_parts,
+    plan,
+)
 
 TINY = Shape(2, 3, 1, 1, 1, True, vocab=10, head_dim=2)  # small enough to count on paper
 

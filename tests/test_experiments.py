@@ -483,7 +483,7 @@ def test_page_of_real_models_takes_any_path_and_any_number_of_settings(tmp_path,
     rows[-1]["curve"] = {key: values[:2] for key, values in rows[-1]["curve"].items()}  # stopped
     draw(tmp_path, monkeypatch, rows)
     drawn = {path.name for path in (tmp_path / "some/figures").iterdir()}
-    kinds = ("methods", "switches", "sweep")
+    kinds = ("methods", "switches", "rates")
     assert drawn == {"overview.png", *(f"_data_a_b.jsonl_Qwen3-4B_{kind}.png" for kind in kinds)}
     page = (tmp_path / "some/results.md").read_text()
     for link in re.findall(r"\((figures/[^)]+)\)", page):
@@ -493,12 +493,10 @@ def test_page_of_real_models_takes_any_path_and_any_number_of_settings(tmp_path,
     assert "| GRPO | 1e-06 | 12 | -20.0 [-20.0, -20.0] | 31.1 [30.6, 31.6] |" in page
 
 
-def test_real_models_are_drawn_only_where_they_have_results(tmp_path, monkeypatch):
+def test_results_of_real_models_have_a_page_and_figures(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(plot.real_page, "draw", lambda *files: calls.append(files))
     monkeypatch.setattr(plot, "REAL_RESULTS", tmp_path / "real.jsonl")
-    plot.draw_real()
-    assert calls == []
     (tmp_path / "real.jsonl").write_text(json.dumps(full("lite_ppo", 0, "gsm8k Qwen")) + "\n")
     plot.draw_real()
     ((results, path, folder),) = calls
@@ -757,6 +755,8 @@ def test_unfinished_runs_can_be_read(tmp_path, monkeypatch):
         (["--switches", "std: ddof 0"], "invalid choice: 'std: ddof 0'"),
         (["--jobs", "0"], "--jobs 0 --steps 20: must be at least 1"),
         (["--flags", "--group-size 4 --lr 1"], "--flags --lr: real.py sets it"),
+        (["--flags", "--group-size 4 --lr=1"], "--flags --lr: real.py sets it"),
+        (["--machine", "--lr 1"], "--machine --lr: real.py sets it"),
     ],
 )
 def test_mistakes_in_the_flags_of_real_models_are_refused(
