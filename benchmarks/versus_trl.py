@@ -2,6 +2,7 @@
 
     python benchmarks/versus_trl.py --trl-python trl-venv/bin/python [--pairs 5] [--steps 6]
         [--output versus_trl.json]
+    python benchmarks/versus_trl.py --gpu --model FOLDER --data FILE.jsonl ...
 
 Both have the same model, data, batch, loss and machine. TRL has its own environment
 (requirements-trl.txt). A pair is a chunk of steps of each side, in a process of its own; the order
@@ -16,6 +17,11 @@ per rollout with one forward and backward each, AdamW, the same learning rate an
 term, group mean and batch std, token mean of the clipped loss (TRL: scale_rewards="batch",
 loss_type="dapo"), rewards by comparison of the boxed answer. In favour of TRL: no gradient
 checkpointing, no saving, no progress bar, no reporting, rewards in the same process.
+
+--gpu: both sample with vLLM in the training process, compute in bfloat16 with weights in float32,
+and recompute activations in the backward pass. vLLM of TRL never sleeps, and TRL compares no
+log-probs with it. TRL pads its micro-batches (--trl-batch responses); lite_ppo.py packs them
+(--micro-batch-tokens). Phases end when the GPU is done.
 """
 
 import argparse
@@ -37,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 PHASES = ("rollout", "reward", "logprobs", "update", "other")
 BOUND = 0.6  # of the step time of TRL
+VLLM_MEMORY = 0.3  # of the GPU, for vLLM's weights and cache
 
 
 def make_step(seconds: float, cpu: float, times: dict[str, float], tokens: float) -> dict:
@@ -64,20 +71,22 @@ class Marks:
 
 
 def lite_ppo_flags(job: dict) -> list[str]:
+    gpu = job["gpu"]
     flags = dict(
         model=job["model"],
         train_data=job["data"],
         output_dir=job["folder"],
         reward="exact",
-        sampler="transformers",
-        dtype="float32",
+        sampler="vllm" if gpu else "transformers",
+        dtype="bfloat16" if gpu else "float32",
         prompts_per_step=job["prompts"],
         group_size=job["group"],
         minibatches=job["minibatches"],
-        max_prompt_tokens=64,
+        max_prompt_tokens=job["prompt_tokens"],
         max_new_tokens=job["new_tokens"],
-        micro_batch_tokens=2**20,
+        micro_batch_tokens=job["micro_batch_tokens"],
         max_num_seqs=job["prompts"] * job["group"],
+        gpu_memory_utilization=VLLM_MEMORY,
         steps=job["steps"] + 2,
         lr=job["lr"],
         warmup_steps=job["warmup"],
@@ -86,7 +95,8 @@ def lite_ppo_flags(job: dict) -> list[str]:
         seed=job["seed"],
     )
     words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    return [*words, "--no-activation-checkpointing", "--eval-data"]
+    words += [] if gpu else ["--no-activation-checkpointing"]
+    return [*words, "--eval-data"]
 
 
 def run_lite_ppo(job: dict) -> list[dict]:
@@ -118,19 +128,30 @@ def run_lite_ppo(job: dict) -> list[dict]:
 def trl_config(job: dict):
     from trl import GRPOConfig
 
-    responses = job["prompts"] * job["group"]
+    gpu, minibatches = job["gpu"], job["minibatches"]
+    minibatch = job["prompts"] * job["group"] // minibatches
+    micro_batch = job["trl_batch"] or minibatch
+    micro_batches = minibatch // micro_batch
+    vllm = dict(
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_gpu_memory_utilization=VLLM_MEMORY,
+        vllm_max_model_length=job["prompt_tokens"] + job["new_tokens"],
+        vllm_importance_sampling_correction=False,
+    )
     return GRPOConfig(
         output_dir=job["folder"],
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
+        use_cpu=not gpu,
+        bf16=gpu,
+        gradient_checkpointing=gpu,
+        model_init_kwargs={"dtype": "float32"},
         seed=job["seed"],
-        per_device_train_batch_size=responses // job["minibatches"],
-        gradient_accumulation_steps=1,
-        steps_per_generation=job["minibatches"],
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=micro_batches,
+        steps_per_generation=micro_batches * minibatches,
         num_generations=job["group"],
         max_completion_length=job["new_tokens"],
-        max_steps=(job["steps"] + 2) * job["minibatches"],
+        max_steps=(job["steps"] + 2) * minibatches,
         temperature=1.0,
         top_p=1.0,
         top_k=0,
@@ -140,12 +161,13 @@ def trl_config(job: dict):
         scale_rewards="batch",
         learning_rate=job["lr"],
         lr_scheduler_type="constant_with_warmup",
-        warmup_steps=job["warmup"] * job["minibatches"],
+        warmup_steps=job["warmup"] * minibatches,
         weight_decay=0.0,
         max_grad_norm=1.0,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **(vllm if gpu else {}),
     )
 
 
@@ -167,6 +189,15 @@ def correct(completions, answer, **_):
     return [exact_reward(text, {"answer": gold}) for text, gold in pairs]
 
 
+def now() -> float:
+    """The time when the GPU has done all that it was given; without a GPU, the time."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Observation:
     """Seconds of TRL's methods; rollouts and their tokens."""
 
@@ -181,9 +212,9 @@ class Observation:
         self.clocks.append(dict(self.clock))
 
     def timed(self, name: str, function, *args, **kwargs):
-        begin = time.perf_counter()
+        begin = now()
         result = function(*args, **kwargs)
-        self.clock[name] += time.perf_counter() - begin
+        self.clock[name] += now() - begin
         return result
 
     def steps(self) -> list[dict]:
@@ -253,9 +284,9 @@ def run_trl(job: dict) -> list[dict]:
     )
     if next(trainer.model.parameters()).dtype != torch.float32:
         raise SystemExit("error: TRL loaded the model in another precision than float32")
-    if trainer.model.is_gradient_checkpointing:
-        raise SystemExit("error: TRL uses gradient checkpointing; this comparison is without")
     trainer.train()
+    if trainer.model.is_gradient_checkpointing != job["gpu"]:
+        raise SystemExit("error: TRL ignores gradient_checkpointing, so the sides are not equal")
     return seen.steps()[1:]
 
 
@@ -285,6 +316,7 @@ def chunk(side: str, python: str, job: dict, threads: int) -> dict:
         TOKENIZERS_PARALLELISM="false",
         TRANSFORMERS_VERBOSITY="error",
         HF_HUB_OFFLINE="1",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",  # both load weights into an engine in their process
     )
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
@@ -349,13 +381,20 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def machine(threads: int) -> str:
+    import torch
+
+    gpu = f", one {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{os.cpu_count()} cores, {cpu_name()}; {threads} threads{gpu}"
+
+
 def make_record(args, settings: dict, pairs: list[dict]) -> dict:
     """What --output holds: the conditions, the summary and all pairs so far."""
     command = " ".join(["python", "benchmarks/versus_trl.py", *sys.argv[1:]])
     return dict(
         command=command.replace(args.trl_python, "trl-venv/bin/python"),
         date=f"{datetime.now():%Y-%m-%d %H:%M}",
-        machine=f"{os.cpu_count()} cores, {cpu_name()}; {args.threads} threads",
+        machine=machine(args.threads),
         versions={side: pairs[0][side]["versions"] for side in ("trl", "lite_ppo")},
         settings=settings | dict(model=args.model, data=args.data),
         summary=summarize(pairs),
@@ -396,10 +435,14 @@ def parse() -> argparse.Namespace:
     add("--prompts", type=int, default=32)
     add("--group", type=int, default=8)
     add("--minibatches", type=int, default=2, help="optimizer steps per rollout")
+    add("--prompt-tokens", type=int, default=64, help="the longest prompt")
     add("--new-tokens", type=int, default=96)
     add("--lr", type=float, default=5e-4)
     add("--warmup", type=int, default=5, help="in rollouts")
     add("--threads", type=int, default=2)
+    add("--gpu", action="store_true", help="both with vLLM, in bfloat16, on one GPU")
+    add("--trl-batch", type=int, default=0, help="responses per micro-batch; default: all")
+    add("--micro-batch-tokens", type=int, default=2**20, help="of lite_ppo.py")
     add("--output", help="JSON file")
     add("--chunk", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -409,6 +452,9 @@ def parse() -> argparse.Namespace:
         parser.error(f"--output {args.output}: its folder does not exist; create it")
     if not args.chunk and args.prompts * args.group % args.minibatches:
         parser.error("--minibatches must divide the responses of a step: TRL needs equal batches")
+    minibatch = args.prompts * args.group // args.minibatches
+    if args.trl_batch and minibatch % args.trl_batch:
+        parser.error(f"--trl-batch {args.trl_batch}: must divide a mini-batch of {minibatch}")
     return args
 
 
@@ -418,7 +464,8 @@ def main() -> None:
         return run_chunk(json.loads(args.chunk))
     from support import toy
 
-    names = ("prompts", "group", "minibatches", "new_tokens", "lr", "warmup", "steps")
+    names = """prompts group minibatches prompt_tokens new_tokens lr warmup steps gpu trl_batch
+        micro_batch_tokens""".split()
     settings = {name: getattr(args, name) for name in names}
     paths = dict(model=toy.resolve_model(args.model), data=toy.resolve_data(args.data))
     pairs = []

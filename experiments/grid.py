@@ -148,11 +148,11 @@ def sweep(seeds) -> list[Run]:
     return runs
 
 
-def best_rate(rows: list[dict], method: str, rates=RATES) -> str:
+def best_rate(rows: list[dict], method: str) -> str:
     """The rate with the highest mean final accuracy in the sweep; the first one if several tie."""
-    best = rates[0]
+    best = RATES[0]
     highest = -1.0
-    for rate in rates:
+    for rate in RATES:
         name = f"{method} at {rate}"
         found = [row["final"]["accuracy"] for row in rows if row["setting"] == name]
         if found and statistics.mean(found) > highest:

@@ -7,8 +7,8 @@
     LITE_PPO_KV_CACHE_GIB=1.25 python experiments/real.py ... --only methods --jobs 7 \\
         --methods lite_ppo grpo reinforce --machine "--micro-batch-tokens 8192"
 
-    sweep      every method at every rate of --rates, on seeds that no other question uses
-    methods    every method at its best rate of the sweep; without a sweep at --lr
+    methods    every method at --lr
+    rates      every method at every rate of --rates; the rows of --lr are those of "methods"
     switches   Lite PPO with one change
     clip       Lite PPO and clip-higher, with 8 optimizer steps per rollout
     overlong   Lite PPO and the overlong filter, with a tight and a loose token limit
@@ -32,8 +32,8 @@ import time
 from pathlib import Path
 
 from definitions import DEFINITIONS
-from grid import METHODS, SETTINGS, Run, best_rate, cells
-from run import HERE, Pool, complete, cores, load, missing, open_results, record, report
+from grid import METHODS, SETTINGS, Run, cells
+from run import HERE, Pool, complete, cores, missing, open_results, record, report
 
 from support.logs import read_jsonl
 
@@ -45,7 +45,7 @@ RECIPE = (
 SWITCHES = ["lite_ppo", "group std", "no std", "sequence level"]
 CLIPS = ["lite_ppo", "clip 0.28"]
 FILTERS = ["lite_ppo", "overlong filter"]
-QUESTIONS = ["sweep", "methods", "switches", "clip", "overlong"]
+QUESTIONS = ["methods", "rates", "switches", "clip", "overlong"]
 ALL = [name for name in SETTINGS if name not in DEFINITIONS]
 RESULTS = HERE / "results/real.jsonl"
 EQUAL = [name for name in METHODS if name != "dapo"]  # as many responses each
@@ -59,47 +59,35 @@ def base_flags(args: argparse.Namespace) -> str:
     return f"{RECIPE} --steps {args.steps} --eval-every {max(1, args.steps // 2)} {args.flags}"
 
 
-def rate_of(rows: list[dict], method: str, args: argparse.Namespace) -> str:
-    """The best learning rate of the sweep, or --lr if the method was not swept."""
-    rows = [row for row in rows if row["environment"] == args.name]
-    sweep = {f"{method} at {rate}" for rate in args.rates}
-    swept = any(row["setting"] in sweep for row in rows)
-    return best_rate(rows, method, args.rates) if swept else args.lr
-
-
-def sweep(args: argparse.Namespace) -> list[Run]:
+def methods(args: argparse.Namespace, rates: list[str]) -> list[Run]:
+    """Every method at each of these learning rates."""
     runs = []
     for method in args.methods:
-        for rate in args.rates:
+        for rate in rates:
+            name = method if rate == args.lr else f"{method} at {rate}"
             flags = f"{base_flags(args)} {METHODS[method]} --lr {rate}"
-            name = f"{method} at {rate}"
-            runs += [Run(args.name, name, seed, flags) for seed in args.sweep_seeds]
+            runs += [Run(args.name, name, seed, flags) for seed in args.seeds]
     return runs
 
 
-def questions(rows: list[dict], args: argparse.Namespace) -> dict[str, list[Run]]:
+def questions(args: argparse.Namespace) -> dict[str, list[Run]]:
     """The runs of each question. A run that two questions share is made once."""
-    methods = []
-    for name in args.methods:
-        flags = f"{base_flags(args)} {METHODS[name]} --lr {rate_of(rows, name, args)}"
-        methods += [Run(args.name, name, seed, flags) for seed in args.seeds]
-    rate = rate_of(rows, "lite_ppo", args)
-    plain = f"{base_flags(args)} {METHODS['lite_ppo']} --lr {rate}"
+    plain = f"{base_flags(args)} {METHODS['lite_ppo']} --lr {args.lr}"
     steps = {f"{args.name}, 8 steps": f"{plain} --minibatches 8"}
     limits = {f"{args.name}, {n} tokens": f"{plain} --max-new-tokens {n}" for n in args.limits}
     return {
-        "sweep": sweep(args),
-        "methods": methods,
+        "methods": methods(args, [args.lr]),
+        "rates": methods(args, args.rates),
         "switches": cells([args.name], args.switches, args.seeds, {args.name: plain}),
         "clip": cells(steps, CLIPS, args.seeds, steps),
         "overlong": cells(limits, FILTERS, args.seeds, limits),
     }
 
 
-def chosen_runs(names, args: argparse.Namespace, results: Path) -> list[Run]:
-    """The runs of these questions, once each."""
-    found = questions(load(results), args)
-    return list(dict.fromkeys(run for name in names for run in found[name]))
+def chosen_runs(args: argparse.Namespace) -> list[Run]:
+    """The runs of --only, once each."""
+    found = questions(args)
+    return list(dict.fromkeys(run for name in args.only for run in found[name]))
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -113,21 +101,10 @@ def common_flags(args: argparse.Namespace) -> str:
     return f"{paths} {sets} --reward-workers {workers} {args.machine}"
 
 
-def run_questions(pool: Pool, args: argparse.Namespace) -> list[str]:
-    """The sweep, then the questions that need its rates. Returns the failures in words."""
-    failures = []
-    if "sweep" in args.only:
-        failures = complete(sweep(args), pool)
-    others = [name for name in args.only if name != "sweep"]
-    if others and not failures:  # an incomplete sweep gives no rate
-        failures = complete(chosen_runs(others, args, pool.results), pool)
-    return failures
-
-
 def write_unfinished(pool: Pool, args: argparse.Namespace) -> None:
     """Write what the unfinished runs have so far to --partial, one line each."""
     lines = []
-    for run in missing(chosen_runs(args.only, args, pool.results), pool.results):
+    for run in missing(chosen_runs(args), pool.results):
         folder = pool.folder_of(run)
         log = read_jsonl(folder / "metrics.jsonl")
         if any("reward/mean" in row for row in log):
@@ -152,10 +129,9 @@ def add_what(add) -> None:
     add("--switches", **listed, choices=ALL, default=SWITCHES, help=choice(SWITCHES, ALL))
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     add("--steps", type=int, default=20, help="default: 20")
-    add("--lr", default="3e-6", help="of a method without a sweep; default: 3e-6")
-    rates = ["1e-6", "3e-6", "1e-5"]
-    add("--rates", nargs="+", default=rates, help=f"of the sweep; default: {' '.join(rates)}")
-    add("--sweep-seeds", nargs="+", type=int, default=[101], help="default: 101")
+    add("--lr", default="3e-6", help="learning rate; default: 3e-6")
+    rates = ["3e-6", "1e-5"]
+    add("--rates", nargs="+", default=rates, help=f"default: {' '.join(rates)}")
     add("--limits", nargs="+", type=int, default=[320, 1024], help="default: 320 1024 tokens")
     add("--flags", default="", help='change RECIPE, such as "--prompts-per-step 64"')
 
@@ -216,7 +192,7 @@ def main() -> int:
     if args.partial:
         write_unfinished(pool, args)
         return 0
-    return report(run_questions(pool, args), args.results, began)
+    return report(complete(chosen_runs(args), pool), args.results, began)
 
 
 if __name__ == "__main__":

@@ -705,25 +705,25 @@ def test_questions_on_a_real_model_change_one_thing(recorder, tmp_path, monkeypa
     assert changes["sequence level"] == {"loss_level"}
 
 
-def swept(method: str, rate: str, accuracy: float) -> str:
-    row = full(f"{method} at {rate}", 101, "gsm final", accuracy=accuracy)
-    return json.dumps(row) + "\n"
+def test_rates_on_a_real_model_change_the_rate_alone(recorder, tmp_path, monkeypatch):
+    words = "--methods grpo lite_ppo --seeds 7 8 --lr 1e-6 --rates 1e-6 1e-5 --only".split()
+    assert call_real(monkeypatch, tmp_path, *words, "methods", "rates") == 0
+    (runs,) = recorder.calls
+    assert [r.seed for r in runs] == [7] * 4 + [8] * 4  # those of --lr are made once
+    flags = {r.setting: r.flags for r in runs}
+    rates = {setting: values_of(text, "--lr") for setting, text in flags.items()}
+    assert rates == {
+        "grpo": ["1e-6"],
+        "grpo at 1e-5": ["1e-5"],
+        "lite_ppo": ["1e-6"],
+        "lite_ppo at 1e-5": ["1e-5"],
+    }
+    assert flags["grpo at 1e-5"].replace("1e-5", "1e-6") == flags["grpo"]
 
 
-def test_methods_on_a_real_model_take_the_best_rate_of_the_sweep(recorder, tmp_path, monkeypatch):
-    rows = [swept("grpo", "1e-6", 0.3), swept("grpo", "1e-5", 0.4), swept("rloo", "1e-6", 0.9)]
-    rows += [swept("grpo", "1e-4", 0.9), swept("lite_ppo", "1e-4", 0.9)]  # not in --rates
-    (tmp_path / "r.jsonl").write_text("".join(rows))
-    words = "--methods grpo rloo lite_ppo --seeds 7 --rates 1e-6 1e-5 --only".split()
-    assert call_real(monkeypatch, tmp_path, *words, "sweep", "methods") == 0
-    sweep, runs = recorder.calls
-    assert len(sweep) == 6
-    rates = {r.setting: values_of(r.flags, "--lr") for r in runs}
-    assert rates == {"grpo": ["1e-5"], "rloo": ["1e-6"], "lite_ppo": ["3e-6"]}
-
-    recorder.failures = ["gsm final/grpo at 1e-6/101: exit code 1"]  # no rate without its sweep
-    assert call_real(monkeypatch, tmp_path, *words, "sweep", "methods") == 1
-    assert len(recorder.calls) == 3
+def test_failed_runs_on_a_real_model_are_the_exit_code(recorder, tmp_path, monkeypatch):
+    recorder.failures = ["gsm final/grpo/0: exit code 1"]
+    assert call_real(monkeypatch, tmp_path, "--only", "methods") == 1
 
 
 def test_runs_beyond_the_time_are_not_started(tmp_path):
