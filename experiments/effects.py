@@ -261,9 +261,10 @@ def label_of(setting: str) -> str:
     name = setting
     for prefix in ("tuned ", "common ", "preset "):
         name = name.removeprefix(prefix)
+    name, at, rate = name.partition(" at ")
     method, comma, rest = name.partition(",")
     suffix = ", common rate" if setting.startswith("common ") else ""
-    return NAMES.get(method, method) + comma + rest + suffix
+    return NAMES.get(method, method) + comma + rest + at + rate + suffix
 
 
 def verdict(effects: dict[str, list[float]], digits: int = 1, unit: str = "points") -> str:

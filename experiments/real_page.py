@@ -46,23 +46,51 @@ COLUMNS = {
 
 
 def questions_of(rows: Rows) -> list[Question]:
-    """Methods, switches and learning rates of each environment, as far as they have results."""
+    """What has results in each environment: methods, switches, methods at other rates, rates."""
     found = []
     for env in dict.fromkeys(env for env, _ in rows):
-        names = sorted((s for e, s in rows if e == env), key=lambda s: s != BASELINE)
-        groups = {
-            "methods": [name for name in names if name in METHODS],
-            "switches": [n for n in names if n == BASELINE or n not in METHODS and not swept(n)],
-            "rates": [n for n in names if swept(n) or n == BASELINE],
-        }
+        names = sorted((setting for e, setting in rows if e == env), key=place)
+        groups = groups_of(names)
+        shown = {name for settings in groups.values() if len(settings) > 1 for name in settings}
         for title, settings in groups.items():
-            if settings and (settings != [BASELINE] or names == [BASELINE]):
+            if len(settings) > 1 or not shown.issuperset(settings):  # alone only if nowhere else
                 found.append(Question(f"{env}: {title}", [env], settings, PANELS))
+                shown.update(settings)
     return found
+
+
+def groups_of(names: list[str]) -> dict[str, list[str]]:
+    """Settings that belong into one table. A setting may be in several."""
+    plain = [name for name in names if not swept(name)]
+    groups = {
+        "methods": [name for name in plain if name in METHODS],
+        "switches": [name for name in plain if name == BASELINE or name not in METHODS],
+    }
+    for rate in sorted({rate_of(name) for name in names if swept(name)}, key=float):
+        groups[f"methods at {rate}"] = [name for name in names if rate_of(name) == rate]
+    for method in dict.fromkeys(map(method_of, filter(swept, names))):
+        title = f"rates of {label_of(method)}"
+        groups[title] = [name for name in names if method_of(name) == method]
+    return groups
+
+
+def place(setting: str) -> tuple[int, float]:
+    """Methods in the order of METHODS, Lite PPO first, by their rates; then the switches."""
+    method = method_of(setting)
+    number = list(METHODS).index(method) if method in METHODS else len(METHODS)
+    return number, float(rate_of(setting) or 0)
 
 
 def swept(setting: str) -> bool:
     return " at " in setting
+
+
+def method_of(setting: str) -> str:
+    return setting.partition(" at ")[0]
+
+
+def rate_of(setting: str) -> str:
+    return setting.partition(" at ")[2]
 
 
 def table(rows: Rows, question: Question) -> list[str]:
@@ -73,8 +101,9 @@ def table(rows: Rows, question: Question) -> list[str]:
         runs = rows[env, setting]
         rate = next(iter(runs.values()))["config"].get("lr", 1e-6)
         cells = [label_of(setting), f"{rate:g}", str(len(runs))]
-        same = setting == BASELINE or swept(setting)
-        cells.append("" if same else show_effect(rows, setting, BASELINE, [env]))
+        baseline = f"{BASELINE} at {rate_of(setting)}" if swept(setting) else BASELINE
+        same = setting == baseline or (env, baseline) not in rows
+        cells.append("" if same else show_effect(rows, setting, baseline, [env]))
         for measure in COLUMNS.values():
             values = level(rows, setting, [env], measure)
             cells.append(show(values, measure.digits, signed=measure is GAIN))
@@ -97,7 +126,8 @@ def page(results: Results, curves: str) -> str:
         f"{len(results.lines)} runs, {hours:.1f} hours.",
         "",
         "- Accuracy is held out, in %, at the last evaluation.",
-        "- An effect is in percentage points against Lite PPO: same seed, so the same prompts.",
+        "- An effect is in percentage points against Lite PPO at the same rate. The pairs have the "
+        "same seed, so the same prompts.",
         "- Intervals are Student's, 95 %, over the seeds. They are not corrected for their number.",
         "- Seconds depend on how many runs shared the machine.",
         "",

@@ -99,13 +99,21 @@ def test_a_verdict_that_the_results_contradict_stops_the_page():
         findings.generated(changed, REAL_MODELS)
 
 
-def test_a_verdict_on_a_real_model_that_the_results_contradict_stops_the_page():
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ("lite_ppo", "'GRPO against Lite PPO at 3e-6 -"),
+        ("grpo", "expects the sign '0' of 'GRPO -"),
+        ("reinforce at 1e-5", "reinforce at 1e-5 gains"),
+    ],
+)
+def test_a_verdict_on_a_real_model_that_the_results_contradict_stops_the_page(changed, message):
     lines = []
     for row in REAL_MODELS.lines:
-        better = row["setting"] == "grpo"
+        better = row["setting"] == changed
         final = row["final"] | ({"accuracy": 0.9 + row["seed"] / 1000} if better else {})
         lines.append(row | {"final": final})
-    with pytest.raises(ValueError, match="GRPO against Lite PPO"):
+    with pytest.raises(ValueError, match=re.escape(message)):
         findings.generated(STORED, tables.Results(REAL_MODELS.source, lines))
 
 
@@ -474,22 +482,34 @@ def test_every_figure_can_be_drawn_from_two_seeds_and_has_an_answer(name):
 
 
 def test_page_of_real_models_takes_any_path_and_any_number_of_settings(tmp_path, monkeypatch):
-    settings = [*grid.ISOLATED[::-1], "clip 0.24", "grpo", "grpo at 1e-6"]  # the baseline is late
+    rates = ["lite_ppo at 1e-6", "grpo at 1e-6", "rloo at 1e-6", "grpo at 1e-5"]
+    settings = [*grid.ISOLATED[::-1], "clip 0.24", "grpo", *rates]  # the baseline is late
     rows = []
     for setting in settings:
         for seed in range(12):
-            accuracy = 0.3 + 0.2 * (setting == "lite_ppo") + 0.002 * seed
+            accuracy = 0.3 + 0.2 * setting.startswith("lite_ppo") + 0.002 * seed
             rows.append(full(setting, seed, "/data/a b.jsonl Qwen3-4B", accuracy=accuracy))
     rows[-1]["curve"] = {key: values[:2] for key, values in rows[-1]["curve"].items()}  # stopped
     draw(tmp_path, monkeypatch, rows)
     drawn = {path.name for path in (tmp_path / "some/figures").iterdir()}
-    kinds = ("methods", "switches", "rates")
+    kinds = """methods switches methods_at_1e-6 rates_of_Lite_PPO rates_of_GRPO""".split()
     assert drawn == {"overview.png", *(f"_data_a_b.jsonl_Qwen3-4B_{kind}.png" for kind in kinds)}
     page = (tmp_path / "some/results.md").read_text()
     for link in re.findall(r"\((figures/[^)]+)\)", page):
         assert (tmp_path / "some" / link).exists()
-    effects_shown = page.count("| -20.0 [-20.0, -20.0] |")
-    assert effects_shown == len(settings) - 2  # not of lite_ppo, nor of the sweep
+    shown = {}
+    for title, table in re.findall(r"^## [^:]+: (.+)\n\n((?:\|.+\n)+)", page, re.M):
+        lines = [line.split(" | ")[:4] for line in table.splitlines()[2:]]
+        shown[title] = {name.removeprefix("| "): effect for name, _, _, effect in lines}
+    lower = "-20.0 [-20.0, -20.0]"
+    assert shown.pop("switches").pop("Lite PPO") == ""
+    assert shown == {
+        "methods": {"Lite PPO": "", "GRPO": lower},
+        "methods at 1e-6": {"Lite PPO at 1e-6": "", "GRPO at 1e-6": lower, "RLOO at 1e-6": lower},
+        "rates of Lite PPO": {"Lite PPO": "", "Lite PPO at 1e-6": ""},
+        # Lite PPO was not run at 1e-5
+        "rates of GRPO": {"GRPO": lower, "GRPO at 1e-6": lower, "GRPO at 1e-5": ""},
+    }
     assert "| GRPO | 1e-06 | 12 | -20.0 [-20.0, -20.0] | 31.1 [30.6, 31.6] |" in page
 
 
@@ -873,6 +893,26 @@ def test_a_fork_is_an_ordinary_run(forked):
     assert plain and plain == samples(forked / "forks/tiny-lite_ppo-5/samples.jsonl")
     rows = {row["setting"]: row for row in run.load(forked / "f.jsonl")}
     assert "advantage" not in rows["lite_ppo"] and rows["eps 1e-4"]["advantage"] == "eps 1e-4"
+
+
+def test_ranges_of_a_rate_that_is_a_little_too_high_are_those_of_the_results():
+    page = (ROOT / "docs/operating.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| `([\w/]+)`.*\| (\S+) to (\S+) \| (\S+) to (\S+) \| (.+) \|$", page, re.M
+    )
+    assert len(rows) == 7
+    for key, *numbers, relation in rows:
+        factor = {"policy/approx_kl": 1000, "policy/clip_low": 100, "policy/clip_high": 100}.get(
+            key, 1
+        )
+        ends = []
+        for setting in ("lite_ppo", "lite_ppo at 1e-5"):
+            runs = [row["curve"] for row in REAL_MODELS.lines if row["setting"] == setting]
+            values = [factor * value for curves in runs for value in curves[key][3:]]
+            ends += [min(values), max(values)]
+        digits = len(numbers[0].partition(".")[2])
+        assert [float(number) for number in numbers] == [round(end, digits) for end in ends], key
+        assert (relation == "**apart**") == (ends[2] > ends[1]), key
 
 
 def test_healthy_ranges_of_operating_md_are_those_of_the_results():
