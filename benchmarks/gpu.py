@@ -26,6 +26,7 @@ import functools
 import gc
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -195,7 +196,8 @@ def timed(function) -> float:
     return time.perf_counter() - start
 
 
-def measure_step(args: Args) -> dict:
+def measure_step(args: Args) -> Iterator[dict]:
+    """The row as far as it is measured, again and again: a killed run keeps it."""
     cfg = one_step.default_config()
     cfg.prompts_per_step, cfg.group_size = args.prompts, 8
     cfg.max_prompt_tokens, cfg.max_new_tokens = 512, args.max_new_tokens
@@ -214,12 +216,14 @@ def measure_step(args: Args) -> dict:
     totals = one_step.totals(settings, bench, steps[-1], row["update"], lengths)
     row |= {"start s": start, "tokens": generated}
     row |= {"MFU": totals["MFU"], "gap": totals["logprob gap"]}
-    row |= compare_rollouts(args, bench, cfg)
+    yield row
+    for found in compare_rollouts(args, bench, cfg):
+        row |= found
+        yield row
     bench.close()
-    return row
 
 
-def compare_rollouts(args: Args, bench, cfg) -> dict:
+def compare_rollouts(args: Args, bench, cfg) -> Iterator[dict]:
     """Seconds of the rollout phase, and of vLLM alone with fewer demands, on the same prompts."""
     from vllm import SamplingParams, TokensPrompt
 
@@ -249,15 +253,15 @@ def compare_rollouts(args: Args, bench, cfg) -> dict:
         "vLLM, no log-probs": functools.partial(vllm, True),
         "vLLM, no seeds": functools.partial(vllm, False, **logprobs),
     }
-    row = {}
-    for name, form in forms.items():
-        row[f"{name} s"] = median(timed(form) for _ in range(args.rounds))
-    row["vLLM tokens"] = vllm.tokens
     config = engine.vllm_config
-    row["async scheduling"] = bool(config.scheduler_config.async_scheduling)
-    row["model runner 2"] = bool(getattr(config, "use_v2_model_runner", False))
-    row["profile"] = profile_host(forms["vLLM"])
-    return row
+    yield {
+        "async scheduling": bool(config.scheduler_config.async_scheduling),
+        "model runner 2": bool(getattr(config, "use_v2_model_runner", False)),
+    }
+    for name, form in forms.items():
+        yield {f"{name} s": median(timed(form) for _ in range(args.rounds))}
+    yield {"vLLM tokens": vllm.tokens}
+    yield {"profile": profile_host(forms["vLLM"])}
 
 
 def profile_host(function, longest: int = 25) -> list[str]:
@@ -279,7 +283,9 @@ def main(args: Args) -> None:
         measure_updates(args)
     else:
         samplers.choose_sampler("vllm")  # it sets vLLM's environment
-        report(args, measure_step(args))
+        for row in measure_step(args):
+            args.rows.clear()
+            report(args, row)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -15,6 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lite_ppo
+from support import launch
 from tests import checks, forks  # noqa: F401  checks loads the profile of hypothesis
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -416,9 +418,56 @@ def test_output_is_not_written_halfway(tmp_path, monkeypatch):
     assert json.loads(output.read_text()) == {"pairs": [1]}
 
 
-@pytest.mark.parametrize(
-    "flags", ["--pairs 0", "--output no/such/folder/versus_trl.json", "--group 3 --prompts 1"]
+JOB = dict(
+    model="m",
+    data="d.jsonl",
+    folder="out",
+    prompts=2,
+    group=2,
+    minibatches=2,
+    prompt_tokens=64,
+    new_tokens=8,
+    lr=1e-3,
+    warmup=1,
+    steps=2,
+    gpu=False,
+    trl_batch=0,
+    micro_batch_tokens=4096,
+    seed=0,
 )
+
+
+def test_both_sides_change_together_on_a_gpu():
+    """vLLM, bfloat16 and recomputed activations on a GPU; none of them on a CPU."""
+    found = {}
+    for gpu in (False, True):
+        words = versus_trl.lite_ppo_flags(JOB | {"gpu": gpu})
+        cfg = launch.parse_config(lite_ppo.Config, lite_ppo.PRESETS, words)
+        found[gpu] = cfg.sampler, cfg.dtype, cfg.activation_checkpointing, cfg.eval_data
+    assert found[False] == ("transformers", "float32", False, ())
+    assert found[True] == ("vllm", "bfloat16", True, ())
+    configs = {}
+    config = mock.Mock(side_effect=lambda **fields: SimpleNamespace(**fields))
+    with mock.patch.dict(sys.modules, {"trl": SimpleNamespace(GRPOConfig=config)}):
+        for gpu in (False, True):
+            job = JOB | dict(gpu=gpu, prompts=8, group=4, trl_batch=4)
+            configs[gpu] = versus_trl.trl_config(job)
+    assert configs[True].use_vllm and not hasattr(configs[False], "use_vllm")
+    for gpu, trl in configs.items():
+        assert trl.bf16 is trl.gradient_checkpointing is gpu
+        assert trl.per_device_train_batch_size * trl.gradient_accumulation_steps == 16
+        assert trl.per_device_train_batch_size * trl.steps_per_generation == 32
+
+
+BAD_FLAGS = [
+    "--pairs 0",
+    "--output no/such/folder/versus_trl.json",
+    "--group 3 --prompts 1",
+    "--group 8 --prompts 8 --trl-batch 12",
+]
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
 def test_bad_flag_of_the_comparison_is_refused_at_once(flags, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["versus_trl.py", *flags.split()])
     with pytest.raises(SystemExit):
@@ -725,18 +774,7 @@ def test_memory_plan_check(tmp_path, monkeypatch, tiny_model, capsys):
 
 def test_one_chunk_of_lite_ppo_against_trl(tiny_model, root, monkeypatch):
     monkeypatch.setattr(versus_trl.subprocess, "run", forks.run_command)
-    job = dict(
-        model=tiny_model,
-        data=f"{root}/train.jsonl",
-        prompts=2,
-        group=2,
-        minibatches=2,
-        new_tokens=8,
-        lr=1e-3,
-        warmup=1,
-        steps=2,
-        seed=0,
-    )
+    job = JOB | dict(model=tiny_model, data=f"{root}/train.jsonl")
     steps = versus_trl.chunk("lite_ppo", sys.executable, job, threads=1)["steps"]
     assert len(steps) == 2
     for step in steps:
