@@ -7,7 +7,7 @@ responses. Lengths are log-normal, clipped at --max-length; their mean is about 
 maximum. Only real tokens count. Sequences per micro-batch:
 
     packed                    lite_ppo.py: plan_micro_batches at --budget tokens, make_micro_batch,
-                              packed_attention (on CPUs a kernel call per sequence)
+                              packed_attention (on CPUs a kernel call per run of equal lengths)
     packed, padded inside     the same, but attention pads inside: one kernel call for all
     padded                    [B, longest of all], padding on the right, attention mask, the SDPA
                               forward of transformers; B * longest <= budget: equal activations

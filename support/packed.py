@@ -6,6 +6,7 @@ inside functions, because the import takes seconds.
 
 import copy
 import functools
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -131,25 +132,27 @@ def packed_attention(
     their cumulative sums from 0, int32, on the device. sliding_window: the number of tokens that a
     token sees, itself included; None: all before it.
 
-    GPU: one variable-length kernel. CPU: one call per sequence, which is faster than padding
-    (benchmarks/packing.py). NotImplementedError for anything else that would change the result.
+    GPU: one variable-length kernel. CPU: one call for all neighbours of the same length, which is
+    faster than padding (benchmarks/packing.py). plan_micro_batches() sorts by length, so equal
+    lengths are neighbours. NotImplementedError for anything else that would change the result.
     """
     if micro_batch is None:
         raise NotImplementedError("its layers do not pass the lengths of the sequences on")
     window = kwargs.pop("sliding_window", None)
     refuse_unknown(module, kwargs, query.shape[-1], value.shape[-1])
+    row = [x[0].transpose(0, 1) for x in (query, key, value)]  # [T, H, D]
     if query.is_cuda:
-        row = [x[0].transpose(0, 1) for x in (query, key, value)]  # [T, H, D]
         longest = max(micro_batch.lengths)
         out = flash.attention(*row, micro_batch.cu_seqlens, longest, scaling, window)
         return out[None], None
-    sequences = zip(
-        query.split(micro_batch.lengths, 2),
-        key.split(micro_batch.lengths, 2),
-        value.split(micro_batch.lengths, 2),
-    )
-    outputs = [causal_attention(q, k, v, scaling, window) for q, k, v in sequences]
-    return torch.cat(outputs, 2).transpose(1, 2), None
+    runs = [(len(list(run)), length) for length, run in itertools.groupby(micro_batch.lengths)]
+    tokens = [count * length for count, length in runs]
+    outputs = []
+    for run, *parts in zip(runs, *(x.split(tokens) for x in row)):
+        heads = [x.unflatten(0, run).transpose(1, 2) for x in parts]  # [count, H, length, D]
+        out = causal_attention(*heads, scaling, window)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[None], None
 
 
 def refuse_unknown(module, kwargs: dict[str, Any], width: int, value_width: int) -> None:
@@ -164,7 +167,10 @@ def refuse_unknown(module, kwargs: dict[str, Any], width: int, value_width: int)
 
 
 def causal_attention(query, key, value, scaling, window: int | None) -> torch.Tensor:
-    """Attention within one sequence, [1, H, T, D]. With a window, the scores are never T x T."""
+    """Attention within each of B sequences of T tokens, [B, H, T, D].
+
+    With a window, the scores are never T x T.
+    """
     options = dict(scale=scaling, enable_gqa=True)
     length = query.shape[2]
     if window is None or length <= window:

@@ -3,6 +3,7 @@
 import functools
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -237,8 +238,16 @@ def attend(lengths: list[int], **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("window", [None, 1, 2, 3, 4, 7, 8, 100])
 def test_packed_attention_sees_its_sequence_and_its_window_only(window):
-    found, expected = attend([1, 8, 3, 7], sliding_window=window)
+    found, expected = attend([1, 8, 8, 3, 7, 7, 7, 8], sliding_window=window)
     assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_packed_attention_reads_neighbours_of_one_length_in_one_call(monkeypatch):
+    kernel = mock.Mock(wraps=torch.nn.functional.scaled_dot_product_attention)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
+    attend([9, 5, 5, 5, 2, 2])
+    shapes = [tuple(call.args[0].shape) for call in kernel.call_args_list]
+    assert shapes == [(1, 4, 9, 8), (3, 4, 5, 8), (2, 4, 2, 8)]
 
 
 @pytest.mark.parametrize(

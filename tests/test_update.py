@@ -7,6 +7,7 @@ at a time, one token at a time. This file also runs on two ranks, see conftest.p
 import ast
 import functools
 import inspect
+import itertools
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -319,7 +320,8 @@ def test_backward_recomputes_the_blocks_but_not_attention(root):
             logprobs.sum().backward()
         calls[checkpointing] = (forward.count, backward.count)
         calls[checkpointing, "flops"] = flops.get_total_flops()
-    assert calls[False] == calls[True] == (len(batch.lengths) * policy.config.num_hidden_layers, 0)
+    runs = len(list(itertools.groupby(batch.lengths)))  # a kernel call each
+    assert calls[False] == calls[True] == (runs * policy.config.num_hidden_layers, 0)
     assert calls[True, "flops"] > calls[False, "flops"]
 
 
