@@ -197,7 +197,7 @@ def timed(function) -> float:
 
 
 def measure_step(args: Args) -> Iterator[dict]:
-    """The row as far as it is measured, again and again: a killed run keeps it."""
+    """The row as far as it is measured, after the steps and after each form of the rollout."""
     cfg = one_step.default_config()
     cfg.prompts_per_step, cfg.group_size = args.prompts, 8
     cfg.max_prompt_tokens, cfg.max_new_tokens = 512, args.max_new_tokens

@@ -15,8 +15,8 @@ each pair, so a killed benchmark keeps its finished pairs.
 Settings of both: N prompts, K responses each, temperature 1, no top-p or top-k, M optimizer steps
 per rollout with one forward and backward each, AdamW, the same learning rate and warm-up, no KL
 term, group mean and batch std, token mean of the clipped loss (TRL: scale_rewards="batch",
-loss_type="dapo"), rewards by comparison of the boxed answer. In favour of TRL: no gradient
-checkpointing, no saving, no progress bar, no reporting, rewards in the same process.
+loss_type="dapo"), rewards by comparison of the boxed answer. In favour of TRL: without --gpu no
+gradient checkpointing; no saving, no progress bar, no reporting, rewards in the same process.
 
 --gpu: both sample with vLLM in the training process, compute in bfloat16 with weights in float32,
 and recompute activations in the backward pass. vLLM of TRL never sleeps, and TRL compares no
@@ -299,12 +299,13 @@ def run_chunk(job: dict) -> None:
 
     steps = run_trl(job) if job["side"] == "trl" else run_lite_ppo(job)
     versions = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "trl", "accelerate"):
+    for name in ("torch", "transformers", "vllm", "trl", "accelerate"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             pass
-    result = dict(steps=steps, versions=versions, threads=torch.get_num_threads())
+    gpu = torch.cuda.get_device_name() if job["gpu"] else ""
+    result = dict(steps=steps, versions=versions, threads=torch.get_num_threads(), gpu=gpu)
     Path(job["result"]).write_text(json.dumps(result))
 
 
@@ -318,6 +319,8 @@ def chunk(side: str, python: str, job: dict, threads: int) -> dict:
         HF_HUB_OFFLINE="1",
         VLLM_ENABLE_V1_MULTIPROCESSING="0",  # both load weights into an engine in their process
     )
+    if not job["gpu"]:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         job = job | dict(side=side, folder=str(Path(folder, "run")), result=str(result))
@@ -381,20 +384,14 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def machine(threads: int) -> str:
-    import torch
-
-    gpu = f", one {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{os.cpu_count()} cores, {cpu_name()}; {threads} threads{gpu}"
-
-
 def make_record(args, settings: dict, pairs: list[dict]) -> dict:
     """What --output holds: the conditions, the summary and all pairs so far."""
     command = " ".join(["python", "benchmarks/versus_trl.py", *sys.argv[1:]])
     return dict(
         command=command.replace(args.trl_python, "trl-venv/bin/python"),
         date=f"{datetime.now():%Y-%m-%d %H:%M}",
-        machine=machine(args.threads),
+        machine=f"{os.cpu_count()} cores, {cpu_name()}; {args.threads} threads",
+        gpu=pairs[0]["lite_ppo"].get("gpu", ""),
         versions={side: pairs[0][side]["versions"] for side in ("trl", "lite_ppo")},
         settings=settings | dict(model=args.model, data=args.data),
         summary=summarize(pairs),

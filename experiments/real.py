@@ -64,7 +64,7 @@ def methods(args: argparse.Namespace, rates: list[str]) -> list[Run]:
     runs = []
     for method in args.methods:
         for rate in rates:
-            name = method if rate == args.lr else f"{method} at {rate}"
+            name = method if float(rate) == float(args.lr) else f"{method} at {rate}"
             flags = f"{base_flags(args)} {METHODS[method]} --lr {rate}"
             runs += [Run(args.name, name, seed, flags) for seed in args.seeds]
     return runs

@@ -123,7 +123,7 @@ def page(results: Results, curves: str) -> str:
         "# Results on real models",
         "",
         f"Made by `python experiments/plot.py` from `{results.source}`: "
-        f"{len(results.lines)} runs, {hours:.1f} hours.",
+        f"{len(results.lines)} runs; their times add up to {hours:.1f} hours, many side by side.",
         "",
         "- Accuracy is held out, in %, at the last evaluation.",
         "- An effect is in percentage points against Lite PPO at the same rate. The pairs have the "

@@ -102,9 +102,10 @@ def test_a_verdict_that_the_results_contradict_stops_the_page():
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ("lite_ppo", "'GRPO against Lite PPO at 3e-6 -"),
+        ("lite_ppo", "GRPO loses less by +"),
+        ("dapo, no resampling", "'DAPO without resampling against Lite PPO at 3e-6 +"),
         ("grpo", "expects the sign '0' of 'GRPO -"),
-        ("reinforce at 1e-5", "reinforce at 1e-5 gains"),
+        ("reinforce at 1e-5", "reinforce at 1e-5 changes by +"),
     ],
 )
 def test_a_verdict_on_a_real_model_that_the_results_contradict_stops_the_page(changed, message):
@@ -910,9 +911,38 @@ def test_ranges_of_a_rate_that_is_a_little_too_high_are_those_of_the_results():
             runs = [row["curve"] for row in REAL_MODELS.lines if row["setting"] == setting]
             values = [factor * value for curves in runs for value in curves[key][3:]]
             ends += [min(values), max(values)]
-        digits = len(numbers[0].partition(".")[2])
-        assert [float(number) for number in numbers] == [round(end, digits) for end in ends], key
+        digits = [len(number.partition(".")[2]) for number in numbers]
+        assert [float(number) for number in numbers] == [
+            round(end, places) for end, places in zip(ends, digits)
+        ], key
         assert (relation == "**apart**") == (ends[2] > ends[1]), key
+
+
+def test_what_operating_md_says_of_the_two_rates_is_in_the_results():
+    page = " ".join((ROOT / "docs/operating.md").read_text(encoding="utf-8").split())
+    curves, late = {}, {}
+    for setting in ("lite_ppo", "lite_ppo at 1e-5", "grpo at 1e-5"):
+        runs = REAL_MODELS.rows[real_findings.GSM8K, setting]
+        curves[setting] = [runs[seed] for seed in (0, 1, 2)]
+        late[setting] = [sum(run["curve"]["reward/mean"][15:]) / 5 for run in curves[setting]]
+    low, high = late["lite_ppo"], late["lite_ppo at 1e-5"]
+    ends = [min(low), max(low), min(high), max(high)]
+    assert "{:.2f} to {:.2f} at 3e-6 and {:.2f} to {:.2f} at 1e-5".format(*ends) in page
+    middle = {
+        setting: [100 * run["evaluation"]["eval/gsm8k/accuracy"][1] for run in runs]
+        for setting, runs in curves.items()
+    }
+    before = 100 * curves["lite_ppo"][0]["final"]["accuracy_before"]
+    since = [value - before for value in middle["lite_ppo at 1e-5"]]
+    assert effects.show(since).replace(" ", " points ", 1) in page
+    mean, first, last = effects.interval(
+        [b - a for a, b in zip(middle["lite_ppo at 1e-5"], middle["lite_ppo"])]
+    )
+    assert f"{mean:.1f} points [{first:.1f}, {last:.1f}] below" in page
+    highest = max(max(run["curve"]["policy/approx_kl"][3:]) for run in curves["lite_ppo"])
+    assert all(
+        min(run["curve"]["policy/approx_kl"][3:]) > highest for run in curves["grpo at 1e-5"]
+    )
 
 
 def test_healthy_ranges_of_operating_md_are_those_of_the_results():
