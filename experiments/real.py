@@ -64,7 +64,7 @@ def methods(args: argparse.Namespace, rates: list[str]) -> list[Run]:
     runs = []
     for method in args.methods:
         for rate in rates:
-            name = method if float(rate) == float(args.lr) else f"{method} at {rate}"
+            name = method if rate == args.lr else f"{method} at {rate}"
             flags = f"{base_flags(args)} {METHODS[method]} --lr {rate}"
             runs += [Run(args.name, name, seed, flags) for seed in args.seeds]
     return runs
@@ -129,9 +129,9 @@ def add_what(add) -> None:
     add("--switches", **listed, choices=ALL, default=SWITCHES, help=choice(SWITCHES, ALL))
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     add("--steps", type=int, default=20, help="default: 20")
-    add("--lr", default="3e-6", help="learning rate; default: 3e-6")
+    add("--lr", type=rate, default="3e-6", help="learning rate; default: 3e-6")
     rates = ["3e-6", "1e-5"]
-    add("--rates", nargs="+", default=rates, help=f"default: {' '.join(rates)}")
+    add("--rates", nargs="+", type=rate, default=rates, help=f"default: {' '.join(rates)}")
     add("--limits", nargs="+", type=int, default=[320, 1024], help="default: 320 1024 tokens")
     add("--flags", default="", help='change RECIPE, such as "--prompts-per-step 64"')
 
@@ -148,6 +148,12 @@ def add_how(add) -> None:
     add("--keep-models", action="store_true", help="keep the weights of finished runs")
     text = "make no run; write what the unfinished ones have so far to FILE"
     add("--partial", type=Path, metavar="FILE", help=text)
+
+
+def rate(text: str) -> str:
+    """A learning rate as results have it: 3.0e-6 is 3e-6."""
+    mantissa, exponent = f"{float(text):e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def choice(default, every) -> str:

@@ -727,7 +727,7 @@ def test_questions_on_a_real_model_change_one_thing(recorder, tmp_path, monkeypa
 
 
 def test_rates_on_a_real_model_change_the_rate_alone(recorder, tmp_path, monkeypatch):
-    words = "--methods grpo lite_ppo --seeds 7 8 --lr 1e-6 --rates 1e-6 1e-5 --only".split()
+    words = "--methods grpo lite_ppo --seeds 7 8 --lr 1e-6 --rates 1.0e-06 0.00001 --only".split()
     assert call_real(monkeypatch, tmp_path, *words, "methods", "rates") == 0
     (runs,) = recorder.calls
     assert [r.seed for r in runs] == [7] * 4 + [8] * 4  # those of --lr are made once
@@ -778,6 +778,7 @@ def test_unfinished_runs_can_be_read(tmp_path, monkeypatch):
         (["--flags", "--group-size 4 --lr 1"], "--flags --lr: real.py sets it"),
         (["--flags", "--group-size 4 --lr=1"], "--flags --lr: real.py sets it"),
         (["--machine", "--lr 1"], "--machine --lr: real.py sets it"),
+        (["--rates", "3e-6", "high"], "argument --rates: invalid rate value: 'high'"),
     ],
 )
 def test_mistakes_in_the_flags_of_real_models_are_refused(
