@@ -16,9 +16,9 @@ sequences of 4,096 tokens and activation checkpointing. Each row adds one of --c
 The last rows vary the size of the micro-batch and the checkpointing. The kernels of the last change
 are listed by their time. The first update of each row compiles and does not count.
 
-step: a real model and real prompts, with vLLM: each phase of a step, and the rollout against
-vLLM.generate alone with the same prompts, without rewards, seeds, or log-probs. MFU is that of
-benchmarks/step.py.
+step: a model and its prompts, with vLLM, also on a CPU: each phase of a step; the rollout, with
+rewards, against vLLM.generate alone with the same prompts, seeds and log-probs, and vLLM without
+seeds or log-probs; the time of vLLM's own Python. MFU is that of benchmarks/step.py.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import functools
 import gc
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -181,7 +181,7 @@ def measure_updates(args: Args) -> None:
 
 def report(args: Args, row: dict) -> None:
     args.rows.append(row)
-    common.table([{key: value for key, value in row.items() if key not in ("kernels", "profile")}])
+    common.table([{key: value for key, value in row.items() if key != "kernels"}])
     common.finish(args.output, {}, rows=args.rows)  # after each row: a killed run keeps them
 
 
@@ -224,15 +224,41 @@ def measure_step(args: Args) -> Iterator[dict]:
 
 
 def compare_rollouts(args: Args, bench, cfg) -> Iterator[dict]:
-    """Seconds of the rollout phase, and of vLLM alone with fewer demands, on the same prompts."""
+    """The rollout beside vLLM alone with fewer demands, on the same prompts, after each round.
+
+    A round times every form once, every other round backwards. The ratios are medians over the
+    rounds.
+    """
+    problems = [bench.train_set[i] for i in range(cfg.prompts_per_step)]
+    forms = rollout_forms(bench, cfg, problems)
+    llm = bench.sampler.llm
+    config = llm.llm_engine.vllm_config
+    yield {
+        "async scheduling": bool(config.scheduler_config.async_scheduling),
+        "model runner 2": bool(getattr(config, "use_v2_model_runner", False)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for i in range(args.rounds):
+        for name in list(forms)[:: -1 if i % 2 else 1]:
+            seconds[name].append(timed(forms[name]))
+        plain = seconds["vLLM"]
+        ratios = {
+            f"{name} / vLLM": median(a / b for a, b in zip(times, plain))
+            for name, times in seconds.items()
+            if name != "vLLM"
+        }
+        yield {"vLLM s": median(plain), "rounds": len(plain)} | ratios
+    yield bookkeeping(llm, forms["vLLM"])
+
+
+def rollout_forms(bench, cfg, problems: list) -> dict[str, Callable[[], list]]:
+    """Ways to sample responses to the same problems. Each returns lists of outputs."""
     from vllm import SamplingParams, TokensPrompt
 
     actor = Actor(bench.sampler, bench.tokenizer, bench.grader)
-    problems = [bench.train_set[i] for i in range(cfg.prompts_per_step)]
     prompts = [problem.prompt_ids for problem in problems]
     seeds = list(range(len(problems)))
     sampling = Sampling(cfg.group_size, cfg.max_new_tokens, 1.0)
-    llm, engine = bench.sampler.llm, bench.sampler.llm.llm_engine
     inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
     common_options = dict(n=cfg.group_size, max_tokens=cfg.max_new_tokens, detokenize=False)
     common_options |= dict(stop_token_ids=bench.sampler.eos_ids)
@@ -242,38 +268,55 @@ def compare_rollouts(args: Args, bench, cfg) -> Iterator[dict]:
             SamplingParams(seed=seed if seeded else None, **common_options, **options)
             for seed in seeds
         ]
-        found = llm.generate(inputs, params, use_tqdm=False)
-        vllm.tokens = sum(len(o.token_ids) for request in found for o in request.outputs)
+        return bench.sampler.llm.generate(inputs, params, use_tqdm=False)
 
     logprobs = dict(logprobs=0, flat_logprobs=True)
-    forms = {
+    return {
         "rollout": lambda: actor.sample(problems, seeds, sampling),
         "sampler": lambda: bench.sampler.generate(prompts, seeds, sampling),
         "vLLM": functools.partial(vllm, True, **logprobs),
-        "vLLM, no log-probs": functools.partial(vllm, True),
-        "vLLM, no seeds": functools.partial(vllm, False, **logprobs),
+        "no log-probs": functools.partial(vllm, True),
+        "no seeds": functools.partial(vllm, False, **logprobs),
     }
-    config = engine.vllm_config
-    yield {
-        "async scheduling": bool(config.scheduler_config.async_scheduling),
-        "model runner 2": bool(getattr(config, "use_v2_model_runner", False)),
+
+
+def bookkeeping(llm, form: Callable[[], list]) -> dict[str, float]:
+    """What vLLM's Python does for each token of each request, in microseconds per token.
+
+    The GPU cannot be faster than its sum, whatever the model: all of it runs in this thread.
+    """
+    engine = llm.llm_engine
+    scheduler = engine.engine_core.engine_core.scheduler
+    parts = {
+        "schedule": (scheduler, "schedule"),
+        "update requests": (scheduler, "update_from_output"),
+        "outputs": (engine.output_processor, "process_outputs"),
     }
-    for name, form in forms.items():
-        yield {f"{name} s": median(timed(form) for _ in range(args.rounds))}
-    yield {"vLLM tokens": vllm.tokens}
-    yield {"profile": profile_host(forms["vLLM"])}
+    seconds = dict.fromkeys(parts, 0.0)
+    with contextlib.ExitStack() as stack:
+        for name, (owner, method) in parts.items():
+            wrapped = add_seconds(getattr(owner, method), seconds, name)
+            stack.enter_context(mock.patch.object(owner, method, wrapped))
+        start = time.perf_counter()
+        found = form()
+        total = time.perf_counter() - start
+    tokens = sum(len(output.token_ids) for request in found for output in request.outputs)
+    row = {f"{name} us/token": 1e6 * value / tokens for name, value in seconds.items()}
+    return row | {"all us/token": 1e6 * total / tokens, "vLLM tokens": tokens}
 
 
-def profile_host(function, longest: int = 25) -> list[str]:
-    """Where the host spends its time, by cProfile."""
-    import cProfile
-    import pstats
+def add_seconds(function, seconds: dict[str, float], name: str):
+    """The function, which then adds the time of each call to seconds[name]."""
 
-    profiler = cProfile.Profile()
-    profiler.runcall(function)
-    stats = pstats.Stats(profiler).sort_stats("tottime").stats
-    ranked = sorted(stats.items(), key=lambda item: -item[1][2])[:longest]
-    return [f"{s[2]:.3f} s, {s[0]} calls: {Path(f).name}:{n} {f_}" for (f, n, f_), s in ranked]
+    @functools.wraps(function)
+    def timed_call(*args, **kwargs):
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            seconds[name] += time.perf_counter() - start
+
+    return timed_call
 
 
 def main(args: Args) -> None:

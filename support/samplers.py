@@ -351,6 +351,8 @@ class VllmSampler:
             seed=cfg.seed,
             max_model_len=max_model_len,
             max_num_seqs=cfg.max_num_seqs,
+            # On a CPU, vLLM fails when it splits the prompt of a response with a seed.
+            enable_chunked_prefill=self.cuda,
             logprobs_mode="processed_logprobs",  # after temperature, top-p and top-k
             **options,
         )

@@ -85,7 +85,7 @@ class Engine:
 @pytest.fixture(scope="module")
 def engine(root):
     start_ranks()  # a vLLM engine that was closed has ended torch.distributed
-    engine = Engine(config(root, max_prompt_tokens=20, max_new_tokens=20))
+    engine = Engine(config(root, max_prompt_tokens=20, max_new_tokens=20, max_num_seqs=256))
     yield engine
     engine.sampler.close()
 
@@ -124,6 +124,17 @@ def test_sampler_draws_response_k_with_the_seed_plus_k(engine):
         for k in range(4):
             one_by_one += engine.ask(FOUR_EACH._replace(n=1), [i], seed=k)
     check_same_samples(one_by_one, engine.ask(FOUR_EACH))
+
+
+def test_sampler_reads_more_prompt_tokens_than_vllm_schedules_at_once(engine):
+    """On a CPU, vLLM schedules 4,096 tokens at once, and must not split the prompt that is next."""
+    prompts = [[3, *[5 + (i // 16**k) % 16 for k in range(3)] * 5, 16, 7, 4] for i in range(256)]
+    assert len(prompts) * len(prompts[0]) > 4096
+    two_each = Sampling(n=2, max_new_tokens=2, temperature=1.0)
+    together = engine.sampler.generate(prompts, list(range(256)), two_each)
+    for i in (0, 107, 108, 215, 216, 255):
+        (alone,) = engine.sampler.generate([prompts[i]], [i], two_each)
+        check_same_samples([(None, s) for s in together[i]], [(None, s) for s in alone])
 
 
 def test_sampler_is_greedy_at_temperature_0(engine, root):
