@@ -28,6 +28,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -250,10 +251,10 @@ def observed_trainer(seen: Observation):
             return seen.timed("reward", super()._calculate_rewards, *args)
 
         def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-            # old log-probs have no gradient; those of the loss have one
-            name = "loss" if torch.is_grad_enabled() else "logprobs"
             inner = super()._get_per_token_logps_and_entropies
-            return seen.timed(name, inner, *args, **kwargs)
+            if torch.is_grad_enabled():  # those of the loss belong to the update
+                return inner(*args, **kwargs)
+            return seen.timed("logprobs", inner, *args, **kwargs)
 
         def _prepare_inputs(self, batch):
             return seen.timed("prepare", super()._prepare_inputs, batch)
@@ -391,7 +392,7 @@ def make_record(args, settings: dict, pairs: list[dict]) -> dict:
         command=command.replace(args.trl_python, "trl-venv/bin/python"),
         date=f"{datetime.now():%Y-%m-%d %H:%M}",
         machine=f"{os.cpu_count()} cores, {cpu_name()}; {args.threads} threads",
-        gpu=pairs[0]["lite_ppo"].get("gpu", ""),
+        gpu=pairs[0]["lite_ppo"]["gpu"],
         versions={side: pairs[0][side]["versions"] for side in ("trl", "lite_ppo")},
         settings=settings | dict(model=args.model, data=args.data),
         summary=summarize(pairs),
@@ -445,6 +446,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.pairs < 1:
         parser.error(f"--pairs {args.pairs}: must be at least 1")
+    if not args.chunk:
+        check_machine(parser, args)
     if args.output and not Path(args.output).resolve().parent.is_dir():
         parser.error(f"--output {args.output}: its folder does not exist; create it")
     if not args.chunk and args.prompts * args.group % args.minibatches:
@@ -453,6 +456,17 @@ def parse() -> argparse.Namespace:
     if args.trl_batch and minibatch % args.trl_batch:
         parser.error(f"--trl-batch {args.trl_batch}: must divide a mini-batch of {minibatch}")
     return args
+
+
+def check_machine(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a message if TRL's environment or the GPU is missing."""
+    import torch
+
+    if not shutil.which(args.trl_python):
+        text = "no such program; make an environment from benchmarks/requirements-trl.txt"
+        parser.error(f"--trl-python {args.trl_python}: {text}")
+    if args.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: torch finds no GPU; leave it out to compare on the CPU")
 
 
 def main() -> None:

@@ -341,7 +341,7 @@ class VllmSampler:
         if not self.cuda:
             register_models(config.architectures)
         two_responses = 2 * max_model_len * cache_bytes(config, dtype)
-        options = memory_options(cfg, device, two_responses)
+        options = device_options(cfg, device, two_responses)
         self.sleeps = "enable_sleep_mode" in options
         self.llm = LLM(
             model=path,
@@ -351,8 +351,6 @@ class VllmSampler:
             seed=cfg.seed,
             max_model_len=max_model_len,
             max_num_seqs=cfg.max_num_seqs,
-            # On a CPU, vLLM fails when it splits the prompt of a response with a seed.
-            enable_chunked_prefill=self.cuda,
             logprobs_mode="processed_logprobs",  # after temperature, top-p and top-k
             **options,
         )
@@ -418,8 +416,10 @@ class VllmSampler:
         self.llm.llm_engine.engine_core.shutdown()
 
 
-def memory_options(cfg, device: torch.device, two_responses: int) -> dict[str, Any]:
-    """How vLLM gets its memory. two_responses: bytes of keys and values of two long responses.
+def device_options(cfg, device: torch.device, two_responses: int) -> dict[str, Any]:
+    """How vLLM gets its memory, and what a CPU needs.
+
+    two_responses: bytes of keys and values of two long responses.
 
     From a share of the GPU, vLLM measures how much the model leaves, and it checks the free memory
     of the whole GPU when it starts and when it sleeps. Both fail if another process changes its
@@ -427,7 +427,11 @@ def memory_options(cfg, device: torch.device, two_responses: int) -> dict[str, A
     """
     fixed = fixed_cache()
     if device.type != "cuda":
-        return dict(enforce_eager=True, kv_cache_memory_bytes=fixed or max(2**28, two_responses))
+        return dict(
+            kv_cache_memory_bytes=fixed or max(2**28, two_responses),
+            enforce_eager=True,
+            enable_chunked_prefill=False,  # vLLM for CPUs cannot split a prompt with a seed
+        )
     if not fixed:
         return dict(gpu_memory_utilization=cfg.gpu_memory_utilization, enable_sleep_mode=True)
     # vLLM does not start unless this share of the GPU is free.

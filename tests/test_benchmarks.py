@@ -24,6 +24,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import common  # noqa: E402
 import fuzz_rewards  # noqa: E402
+import gpu as gpu_script  # noqa: E402
 import kill_resume  # noqa: E402
 import logprobs  # noqa: E402
 import memory_plan  # noqa: E402
@@ -394,10 +395,12 @@ def test_output_is_written_after_each_pair(tmp_path, monkeypatch):
         seconds = 4.0 if side == "trl" else job["seed"] + 1.0
         keys = ("step", *versus_trl.PHASES, "cpu", "tokens")
         versions = dict.fromkeys(("trl", "torch", "transformers"), "1")
-        return dict(steps=[dict.fromkeys(keys, seconds)], versions=versions, threads=threads)
+        steps = [dict.fromkeys(keys, seconds)]
+        return dict(steps=steps, versions=versions, threads=threads, gpu="")
 
     monkeypatch.setattr(versus_trl, "chunk", fake_chunk)
     words = f"versus_trl.py --model {tmp_path} --data {tmp_path} --pairs 3 --output {output}"
+    words += f" --trl-python {sys.executable}"
     monkeypatch.setattr(sys, "argv", words.split())
     with pytest.raises(SystemExit, match="the chunk failed"):
         versus_trl.main()
@@ -462,17 +465,66 @@ def test_both_sides_change_together_on_a_gpu():
 BAD_FLAGS = [
     "--pairs 0",
     "--output no/such/folder/versus_trl.json",
-    "--group 3 --prompts 1",
-    "--group 8 --prompts 8 --trl-batch 12",
+    "--minibatches 2 --group 3 --prompts 1",
+    "--trl-batch 12 --group 8 --prompts 8",
+    "--trl-python no/such/python",
+    "--gpu",
 ]
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
 def test_bad_flag_of_the_comparison_is_refused_at_once(flags, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["versus_trl.py", *flags.split()])
+    words = ["versus_trl.py", "--trl-python", sys.executable, *flags.split()]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         versus_trl.main()
-    assert "error: --" in capsys.readouterr().err
+    assert f"error: {flags.split()[0]}" in capsys.readouterr().err
+
+
+# ---- the rollout beside vLLM alone ---------------------------------------------------------------
+
+
+def test_step_is_written_after_each_part(tmp_path, monkeypatch):
+    """The part after the second fails: the file holds the two before it."""
+
+    def parts(args):
+        yield {"update": 1.0}
+        yield {"update": 1.0, "vLLM s": 2.0}
+        raise RuntimeError("the next part failed")
+
+    output = tmp_path / "gpu.json"
+    monkeypatch.setattr(gpu_script, "measure_step", parts)
+    monkeypatch.setattr(gpu_script.common, "start_ranks", lambda: (0, 1))
+    monkeypatch.setattr(gpu_script.samplers, "choose_sampler", lambda wanted: ("vllm", ""))
+    with pytest.raises(RuntimeError, match="the next part failed"):
+        gpu_script.main(gpu_script.Args("step", output=str(output)))
+    assert json.loads(output.read_text())["rows"] == [{"update": 1.0, "vLLM s": 2.0}]
+
+
+def test_bookkeeping_adds_the_calls_of_each_part(monkeypatch):
+    """Two engine steps for 4 tokens; a second passes whenever the clock is read."""
+    ticks = iter(range(100))
+    monkeypatch.setattr(gpu_script.time, "perf_counter", lambda: next(ticks))
+    scheduler = SimpleNamespace(schedule=lambda: "plan", update_from_output=lambda plan: plan)
+    processor = SimpleNamespace(process_outputs=lambda outputs: outputs)
+    core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=scheduler))
+    engine = SimpleNamespace(engine_core=core, output_processor=processor)
+
+    def generate():
+        for _ in range(2):
+            assert processor.process_outputs(scheduler.schedule()) == "plan"
+        outputs = [SimpleNamespace(token_ids=[1, 2]), SimpleNamespace(token_ids=[3, 4])]
+        return [SimpleNamespace(outputs=outputs)]
+
+    assert gpu_script.bookkeeping(SimpleNamespace(llm_engine=engine), generate) == {
+        "schedule us/token": 2e6 / 4,
+        "update requests us/token": 0,
+        "outputs us/token": 2e6 / 4,
+        "all us/token": 9e6 / 4,
+        "vLLM tokens": 4,
+    }
+    assert scheduler.schedule() == "plan" and next(ticks) == 10  # no longer timed
 
 
 # ---- scaling on paper ----------------------------------------------------------------------------

@@ -286,16 +286,16 @@ def test_fixed_cache_lets_vllm_share_a_gpu(monkeypatch):
 
     cfg = SimpleNamespace(gpu_memory_utilization=0.6)
     measured = dict(gpu_memory_utilization=0.6, enable_sleep_mode=True)
-    assert samplers.memory_options(cfg, gpu, 1) == measured
+    assert samplers.device_options(cfg, gpu, 1) == measured
     for two_responses, size in ((1, 2**28), (2**30, 2**30)):
-        assert samplers.memory_options(cfg, CPU, two_responses)["kv_cache_memory_bytes"] == size
+        assert samplers.device_options(cfg, CPU, two_responses)["kv_cache_memory_bytes"] == size
 
     monkeypatch.setenv("LITE_PPO_KV_CACHE_GIB", "2.5")
-    fixed = samplers.memory_options(cfg, gpu, 1)
+    fixed = samplers.device_options(cfg, gpu, 1)
     assert fixed["kv_cache_memory_bytes"] == 2.5 * 2**30  # so vLLM does not measure
     assert fixed["gpu_memory_utilization"] == 0.025  # what must be free is the cache
     assert "enable_sleep_mode" not in fixed  # falling asleep measures, too
-    assert samplers.memory_options(cfg, CPU, 2**30)["kv_cache_memory_bytes"] == 2.5 * 2**30
+    assert samplers.device_options(cfg, CPU, 2**30)["kv_cache_memory_bytes"] == 2.5 * 2**30
 
 
 @pytest.mark.parametrize("text", ["", "much", "-1", "nan", "inf"])
