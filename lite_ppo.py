@@ -4,7 +4,7 @@
     trick 2    L   = sum over all response tokens of l_it / number of those tokens
     where      l   = -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)   rho = pi_theta / pi_old
 
-There is no critic, no KL term, no overlong filter and no dynamic sampling. Each is one flag away.
+There is no critic. A KL term, the overlong filter, dynamic sampling and other tricks are flags.
 The formulas are pure functions in tricks.py. This file is everything else that learns:
 config, policy, rollout, PPO step, evaluation, loop. What a long run needs besides is in support/:
 data, graders, samplers, checkpoints, logs.
@@ -12,12 +12,12 @@ data, graders, samplers, checkpoints, logs.
     torchrun lite_ppo.py                                  # a toy model; any machine, minutes
     torchrun --nproc-per-node 8 lite_ppo.py --model Qwen/Qwen3-4B-Base --train-data medium
 
-One idea carries the file: in the loss of a token, everything but rho is a constant. The advantage
-and the weight of every token are computed once per step, from all ranks, BEFORE anything is split.
-A weighted sum does not depend on how it is split. So neither the number of ranks nor the size of
-a micro-batch can change the gradient.
+The advantage and the weight of every token are computed once per step, from the responses of all
+ranks, BEFORE anything is split. In the loss they are constants. A weighted sum does not depend on
+how it is split. So neither the number of ranks nor the size of a micro-batch changes the gradient,
+except for rounding.
 
-Start reading at train(), at the end. Then search for TRICK 1 and TRICK 2.
+Start reading at train(), at the end. Then search for "LITE PPO, TRICK".
 Letters: N prompts, K responses to each, T tokens and R response tokens of a micro-batch.
 """
 
@@ -64,8 +64,8 @@ class Model:
     model: str = "toy"  # folder or hub id; toy[:SIZE][:VARIANT] is embedded, see support/toy.py
     train_data: str = ""  # FILE.jsonl, FILE.parquet, hub OWNER/NAME, or easy, medium, hard
     eval_data: tuple[str, ...] = ()  # held-out sets: as above, or math500 aime24 ...; NAME=SET
-    problem_column: str = ""  # of files and hub sets, A.B inside objects; "": detect
-    answer_column: str = ""  # in the same way, such as reward_model.ground_truth
+    problem_column: str = ""  # column with the problem; A.B: field B of object A; "": detect
+    answer_column: str = ""  # the same for the answer, such as reward_model.ground_truth
     # the system message of every prompt that has none; "" for none
     system_prompt: str = r"Please reason step by step, and put your final answer within \boxed{}."
     chat_template_kwargs: str = ""  # a JSON object, such as '{"enable_thinking": false}'
@@ -86,7 +86,7 @@ class Rollout:
     max_new_tokens: int = 8192  # a response that hits this limit is "truncated"
     temperature: float = 1.0  # of sampling and of the trained log-probs
     top_p: float = 1.0  # below 1 the samples do not follow the trained distribution (biased)
-    top_k: int = 0  # 0: off; otherwise biased in the same way
+    top_k: int = 0  # 0: off; any other value biases like top_p
 
 
 @dataclass
@@ -131,7 +131,9 @@ class System:
     cpu_offload: bool = False  # parameters, gradients and optimizer state live in host memory
     max_num_seqs: int = 256  # sequences that the sampler decodes at once, per rank
     gpu_memory_utilization: float = 0.6  # share of the GPU that vLLM takes while it samples
-    max_logprob_gap: float = 0.0  # largest mean, nats; 0: 1e-3 in float32, 0.03 in bfloat16
+    # largest mean difference of the log-probs of sampler and trainer, nats; a larger one ends the
+    # run; 0: 1e-3 in float32, 0.03 in bfloat16
+    max_logprob_gap: float = 0.0
     timeout_minutes: float = 30.0  # the run ends when a rank makes no progress for so long
 
 
@@ -372,8 +374,8 @@ def make_minibatches(responses, advantages, step: int, cfg: Config) -> list[list
         chosen = [responses[i] for i in members]
         lengths = torch.tensor([len(r.token_ids) for r in chosen])
         keep = ~torch.tensor([r.truncated for r in chosen]) if cfg.overlong_filter else None
-        # LITE PPO, TRICK 2: every token of the mini-batch has the same weight, on all ranks
         weights = torch.zeros(len(responses) + 1)
+        # LITE PPO, TRICK 2: every token of the mini-batch has the same weight, on all ranks
         weights[members] = tricks.loss_weights(lengths, cfg.loss_level, keep, cfg.max_new_tokens)
 
         sizes = [len(r.problem.prompt_ids) + len(r.token_ids) - 1 for r in chosen]
@@ -489,7 +491,7 @@ def train(cfg: Config) -> dict[str, float]:
         metrics = {}  # a finished run has no steps left
 
         for step in run.steps():  # step 0 only evaluates the initial model
-            if step > run.step:  # else it is trained, and only its evaluation is missing
+            if step > run.step:  # after a resume, it may be trained already, but not evaluated
                 with clock("step"):
                     responses, cursor = rollout(actor, train_set, run.cursor, cfg)
                     sampler.sleep()

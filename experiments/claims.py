@@ -133,8 +133,7 @@ GROUP_STD = Claim(
         against_lite_ppo("aligned", "0", "group std", ALIGNED),
     ],
     "Not reproduced: no difference on either",
-    "Keep the default. It costs nothing against group std, "
-    "and does not inflate groups that are nearly all right or all wrong",
+    "Keep the default. It does not inflate groups that are nearly all right or all wrong",
 )
 CLIP_HIGHER = Claim(
     "Clip-higher, ten seeds",
@@ -206,7 +205,7 @@ OVERLONG = Claim(
     ],
     "Accuracy: no. It hurts where correct answers are cut off and shows no gain elsewhere. "
     "More responses stay truncated, because filtered responses are never unlearned. "
-    "Loops: yes, they are a smaller share of the truncated responses",
+    "Loops: at the middle limit only, where they are a smaller share of the truncated responses",
     "Raise the limit first. Use the filter only while you watch `response/truncated`. Use the "
     "punishment only if its zone begins above the length of correct answers: at the tight limit "
     "it covers them, and responses became too short to be correct",
@@ -302,7 +301,7 @@ STATEMENTS = {  # sentence -> the findings that it rests on
     "On base, GRPO, Dr. GRPO and RLOO are ahead of Lite PPO too.": [
         method("+", name, PAIR[0]) for name in CENTRED
     ],
-    "Two steps before the end they show no difference from it.": [
+    "Two steps before the end they show no difference from it: their intervals contain zero.": [
         method("0", name, PAIR[0], AT_STEP_18) for name in CENTRED
     ],
     "On aligned they show none at the end either.": [
@@ -327,7 +326,7 @@ STATEMENTS = {  # sentence -> the findings that it rests on
         against_lite_ppo("sequence level", "0", "sequence level", where()),
         against_lite_ppo("clip 0.28", "0", "clip 0.28", where()),
     ],
-    "There, leaving out the std shows no difference.": [
+    "Over all environments, leaving out the std shows no difference.": [
         Finding("no std", "0", "no std", "lite_ppo", where(), other=True)
     ],
     "Training without normalisation is better there too.": [
@@ -337,7 +336,7 @@ STATEMENTS = {  # sentence -> the findings that it rests on
         Finding("group std", "0", "group std", "lite_ppo", BASE, other=True),
         Finding("sequence level", "0", "sequence level", "lite_ppo", BASE, other=True),
     ],
-    "No std gains on aligned models there, but not here.": [
+    "On aligned models it gains there, but not here.": [
         NO_STD_ELSEWHERE,
         against_lite_ppo("no std, aligned", "0", "no std", ALIGNED),
     ],

@@ -183,29 +183,26 @@ def methods_table(results: Results) -> Table:
     rows = results.rows
     body = []
     for env in PAIR:
-        baseline = at_common_rate(rows, env, "lite_ppo")
         for name in METHODS:
             if name == "lite_ppo":
                 continue
-            tuned = f"tuned {name}"
-            common = at_common_rate(rows, env, name)
+            pair = (rows, f"tuned {name}", "tuned lite_ppo", [env])
+            effect, budget = show_effect(*pair), show_effect(*pair, AT_BUDGET)
             body.append(
                 [
                     env,
                     in_brackets(label_of(name)),
-                    show_effect(rows, tuned, "tuned lite_ppo", [env]),
-                    show_effect(rows, tuned, "tuned lite_ppo", [env], AT_STEP_18),
-                    show_effect(rows, tuned, "tuned lite_ppo", [env], AT_BUDGET),
-                    show_effect(rows, common, baseline, [env]),
+                    effect,
+                    show_effect(*pair, AT_STEP_18),
+                    budget if budget != effect else "the same",
                 ]
             )
     head = [
         "environment",
         "method",
-        "own rate, equal steps",
-        "own rate, after 18 of the 20 steps",
-        "own rate, 1,280 responses",
-        "common rate, equal steps",
+        "at equal steps",
+        "after 18 of the 20 steps",
+        "at 1,280 sampled responses",
     ]
     return Table("Methods against Lite PPO", head, body, "methods")
 

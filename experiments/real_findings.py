@@ -91,7 +91,7 @@ HIGHER_RATE = [
 HIGHER_RATE_TEXT = """
 None of the four methods shows a gain at 1e-5 within 20 steps. Lite PPO and REINFORCE lose accuracy.
 What the higher rate changes, in points: {effects}.
-GRPO loses less than Lite PPO, but the difference of the two losses is {interaction}: not decided.
+GRPO falls less than Lite PPO, but the difference of the two changes is {interaction}: not decided.
 """.strip()
 GAINS = {"lite_ppo": "-", "grpo": "0", "dapo, no resampling": "0", "reinforce": "-"}  # at 1e-5
 
@@ -175,7 +175,7 @@ def higher_rate(real: Results) -> str:
     lite_ppo, grpo, _ = (finding.values(real) for finding in HIGHER_RATE)
     interaction = [b - a for a, b in zip(lite_ppo, grpo, strict=True)]
     if sign(interaction) != "0":
-        raise ValueError(f"GRPO loses less by {show(interaction)}; rewrite {HIGHER_RATE_TEXT!r}")
+        raise ValueError(f"GRPO falls less by {show(interaction)}; rewrite {HIGHER_RATE_TEXT!r}")
     effects = "; ".join(finding.text(real) for finding in HIGHER_RATE)
     return HIGHER_RATE_TEXT.format(effects=effects, interaction=show(interaction))
 

@@ -102,7 +102,7 @@ def test_a_verdict_that_the_results_contradict_stops_the_page():
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ("lite_ppo", "GRPO loses less by +"),
+        ("lite_ppo", "GRPO falls less by +"),
         ("dapo, no resampling", "'DAPO without resampling against Lite PPO at 3e-6 +"),
         ("grpo", "expects the sign '0' of 'GRPO -"),
         ("reinforce at 1e-5", "reinforce at 1e-5 changes by +"),
@@ -929,6 +929,8 @@ def test_what_operating_md_says_of_the_two_rates_is_in_the_results():
     low, high = late["lite_ppo"], late["lite_ppo at 1e-5"]
     ends = [min(low), max(low), min(high), max(high)]
     assert "{:.2f} to {:.2f} at 3e-6 and {:.2f} to {:.2f} at 1e-5".format(*ends) in page
+    ends = [min(late["grpo at 1e-5"]), max(late["grpo at 1e-5"])]
+    assert "for GRPO at 1e-5 it is {:.2f} to {:.2f}".format(*ends) in page
     middle = {
         setting: [100 * run["evaluation"]["eval/gsm8k/accuracy"][1] for run in runs]
         for setting, runs in curves.items()

@@ -76,7 +76,8 @@ DOCUMENTS += [ROOT / "benchmarks/README.md", ROOT / "experiments/README.md"]
 
 def anchors(path: Path) -> set[str]:
     """The anchors of the headings of a Markdown file."""
-    headings = re.findall(r"^#+ (.*)", path.read_text(), re.MULTILINE)
+    text = re.sub(r"\]\([^)]*\)", "]", path.read_text())  # of a link, only its text counts
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
 
 
