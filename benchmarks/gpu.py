@@ -261,7 +261,7 @@ def rollout_forms(bench, cfg, problems: list) -> dict[str, Callable[[], list]]:
     sampling = Sampling(cfg.group_size, cfg.max_new_tokens, 1.0)
     inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
     common_options = dict(n=cfg.group_size, max_tokens=cfg.max_new_tokens, detokenize=False)
-    common_options |= dict(stop_token_ids=bench.sampler.eos_ids)
+    common_options |= dict(stop_token_ids=bench.sampler.eos_ids, ignore_eos=True)
 
     def vllm(seeded: bool, **options):
         params = [

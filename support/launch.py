@@ -243,6 +243,6 @@ def main(Config: type, presets: dict[str, dict], train: Callable) -> int:
         # Other ranks may be waiting in a collective. The launcher ends them.
         sys.stdout.flush()
         os._exit(code)
-    if dist.is_initialized():
+    if dist.is_initialized() and code == 0:  # after a failure, vLLM still needs it when it exits
         dist.destroy_process_group()
     return code

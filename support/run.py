@@ -55,6 +55,8 @@ class Run:
         self.saver = None
         classes = architectures(path)
         self.sampler, self.sampler_reason = samplers.choose_sampler(cfg.sampler, classes)
+        if self.sampler == "vllm":
+            samplers.check_temperatures(cfg)
         self.identity = {
             "training problems": problems_id(train_set),
             "sampler in use": self.sampler,

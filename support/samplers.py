@@ -320,6 +320,8 @@ VLLM_SETTINGS = {  # read when vLLM is imported
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
+VLLM_MOST_SEQUENCES = 4096  # at once; vLLM for CPUs takes no more
+VLLM_TEMPERATURES = (0.01, 2.0)  # it raises lower ones to 0.01, and refuses higher ones
 
 
 class VllmSampler:
@@ -343,6 +345,7 @@ class VllmSampler:
         two_responses = 2 * max_model_len * cache_bytes(config, dtype)
         options = device_options(cfg, device, two_responses)
         self.sleeps = "enable_sleep_mode" in options
+        ranks = os.environ["LOCAL_WORLD_SIZE"]
         self.llm = LLM(
             model=path,
             load_format="dummy",  # the weights come from the trainer
@@ -350,10 +353,11 @@ class VllmSampler:
             distributed_executor_backend="external_launcher",  # one engine per torchrun rank
             seed=cfg.seed,
             max_model_len=max_model_len,
-            max_num_seqs=cfg.max_num_seqs,
+            max_num_seqs=min(cfg.max_num_seqs, VLLM_MOST_SEQUENCES),
             logprobs_mode="processed_logprobs",  # after temperature, top-p and top-k
             **options,
         )
+        os.environ["LOCAL_WORLD_SIZE"] = ranks  # vLLM for CPUs sets it to 1
         self.sleep()
 
     def load_weights(self, weights: Weights) -> None:
@@ -393,6 +397,7 @@ class VllmSampler:
             top_k=sampling.top_k,
             max_tokens=sampling.max_new_tokens,
             stop_token_ids=self.eos_ids,
+            ignore_eos=True,  # vLLM's own ids, also from config.json: only those above end
             logprobs=0,  # of the drawn token only
             flat_logprobs=True,
             detokenize=False,
@@ -449,6 +454,18 @@ def fixed_cache() -> int:
     if size < 0:
         raise UserError(f"LITE_PPO_KV_CACHE_GIB={text}: must be a number of GiB, such as 1.25")
     return size
+
+
+def check_temperatures(cfg) -> None:
+    """UserError for a temperature that vLLM does not sample with."""
+    low, high = VLLM_TEMPERATURES
+    for flag in ("temperature", "eval_temperature"):
+        value = getattr(cfg, flag)
+        if value and not low <= value <= high:  # 0 is greedy
+            raise UserError(
+                f"--{flag.replace('_', '-')} {value}: vLLM takes {low} to {high}; choose such a "
+                "value, or --sampler transformers"
+            )
 
 
 def register_models(architectures: list[str]) -> None:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from lite_ppo import PRESETS, Config
 from support import launch
 from support.checkpoints import Position
 from support.data import Problem
+from support.errors import RunError
 from support.logs import Log, sample_text
 from support.response import Response
 from tests.forks import Fork, train_each
@@ -29,6 +31,20 @@ def help_text() -> str:
     result = Fork(lite_ppo.main, argv=["--help"]).wait()
     assert result.returncode == 0, result.stderr
     return " ".join(result.stdout.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("error", [None, RunError("the sampler holds other weights")])
+def test_a_failure_leaves_the_process_group_to_vllm(error, monkeypatch, capsys):
+    """vLLM destroys its groups when the process exits, and fails if they are gone."""
+    destroy = mock.Mock()
+    monkeypatch.setattr(launch, "parse_config", lambda *args: None)
+    monkeypatch.setattr(launch, "connect", lambda cfg: None)
+    monkeypatch.setattr(launch.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(launch.dist, "destroy_process_group", destroy)
+    code = launch.main(Config, PRESETS, mock.Mock(side_effect=error))
+    assert code == (1 if error else 0)
+    assert destroy.called is not bool(error)
+    assert ("other weights" in capsys.readouterr().err) is bool(error)
 
 
 def test_there_are_at_most_56_flags(help_text):

@@ -84,6 +84,20 @@ def test_final_model_keeps_the_dropout_of_its_config(tmp_path):
     assert AutoConfig.from_pretrained(tmp_path / "final").attention_dropout == 0.1
 
 
+def test_final_model_has_a_generation_config_only_if_its_source_has_one(tmp_path):
+    """Otherwise the end-of-sequence ids of the final model would not be those of its source."""
+    fields = dict(vocab_size=32, bos_token_id=2, eos_token_id=7)
+    folder = architectures.make_folder(CONFIG_MAPPING["starcoder2"](**fields), tmp_path / "model")
+    (tmp_path / "model/generation_config.json").unlink(missing_ok=True)
+    state = load_file(f"{folder}/model.safetensors")
+    models.write_model(state, folder, tmp_path / "final")
+    assert not (tmp_path / "final/generation_config.json").exists()
+    text = '{"eos_token_id": [5, 6]}'
+    (tmp_path / "model/generation_config.json").write_text(text)
+    models.write_model(state, folder, tmp_path / "other")
+    assert (tmp_path / "other/generation_config.json").read_text() == text
+
+
 # ---- refused by name -----------------------------------------------------------------------------
 
 REFUSED = {  # model type: words of the reason

@@ -4,6 +4,7 @@ The vLLM helper process runs the tests whose names begin with test_sampler: see 
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,9 +86,17 @@ class Engine:
 @pytest.fixture(scope="module")
 def engine(root):
     start_ranks()  # a vLLM engine that was closed has ended torch.distributed
-    engine = Engine(config(root, max_prompt_tokens=20, max_new_tokens=20, max_num_seqs=256))
+    # more sequences than vLLM for CPUs takes
+    cfg = config(root, max_prompt_tokens=20, max_new_tokens=20, max_num_seqs=5000)
+    with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE="3"):
+        engine = Engine(cfg)
+        engine.ranks_of_this_machine = os.environ["LOCAL_WORLD_SIZE"]
     yield engine
     engine.sampler.close()
+
+
+def test_sampler_leaves_the_number_of_ranks_of_this_machine(engine):
+    assert engine.ranks_of_this_machine == "3"
 
 
 # ---- random numbers ------------------------------------------------------------------------------
@@ -170,6 +179,19 @@ def test_sampler_stops_at_an_end_of_sequence_token_or_truncates(limit, engine):
             ends.add((length, last))
     # each end-of-sequence token, also at the limit of 2
     assert ends >= {(length, token) for length in (1, 2) for token in EOS}
+
+
+def test_sampler_ends_at_no_other_token(engine, monkeypatch):
+    """The ids of the model's own files count only if they are among those of the caller."""
+    ids = engine.sampler.eos_ids
+    only = torch.tensor([5]) if isinstance(ids, torch.Tensor) else [5]
+    monkeypatch.setattr(engine.sampler, "eos_ids", only)
+    inside, last = set(), set()
+    for sample in engine.samples(Sampling(n=40, max_new_tokens=12, temperature=1.0)):
+        inside.update(sample.token_ids[:-1].tolist())
+        last.update([] if sample.truncated else [int(sample.token_ids[-1])])
+    assert inside >= set(EOS)
+    assert last == {5}
 
 
 # ---- the distribution ----------------------------------------------------------------------------
@@ -296,6 +318,17 @@ def test_fixed_cache_lets_vllm_share_a_gpu(monkeypatch):
     assert fixed["gpu_memory_utilization"] == 0.025  # what must be free is the cache
     assert "enable_sleep_mode" not in fixed  # falling asleep measures, too
     assert samplers.device_options(cfg, CPU, 2**30)["kv_cache_memory_bytes"] == 2.5 * 2**30
+
+
+@pytest.mark.parametrize("flag", ["temperature", "eval_temperature"])
+def test_temperatures_that_vllm_changes_or_refuses_are_refused(flag):
+    usual = dict(temperature=1.0, eval_temperature=0.0)
+    for value in (0.01, 0.7, 2.0):
+        samplers.check_temperatures(SimpleNamespace(**usual | {flag: value}))
+    for value in (1e-6, 0.0099, 2.5):
+        name = flag.replace("_", "-")
+        with pytest.raises(UserError, match=f"--{name} {value}: vLLM takes 0.01 to 2"):
+            samplers.check_temperatures(SimpleNamespace(**usual | {flag: value}))
 
 
 @pytest.mark.parametrize("text", ["", "much", "-1", "nan", "inf"])
