@@ -39,6 +39,7 @@ PROBLEM_COLUMNS = ("problem", "question", "messages", "prompt", "input")
 ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "ground_truth", "label")
 WORKED_COLUMNS = ("solution", "completion")  # a worked solution, or the answer alone
 VERL_ANSWER = "reward_model.ground_truth"  # a row that has it is verl's
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "environment", "ipython")
 MAX_DEPTH = 64  # pickle, which sends rows to the workers, fails at some hundreds
 ABSENT = object()
 
@@ -244,6 +245,11 @@ def to_message(message: dict, place: str) -> dict[str, Any]:
     if not isinstance(role, str) or "content" not in message:
         raise UserError(
             f'{place}: a message of the prompt needs "role" and "content"; found {short(message)}'
+        )
+    if role not in ROLES:
+        raise UserError(
+            f'{place}: a message of the prompt has the role "{role}"; known are {quoted(ROLES)}; '
+            'rename it. The role of answers is "assistant": they are removed at the end'
         )
     others = {name: value for name, value in message.items() if value is not None}
     return others | {"content": text_of(message["content"], place)}

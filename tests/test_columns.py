@@ -228,6 +228,8 @@ BAD_PROMPTS = [  # value of "prompt", words of the message
     ([{"role": "user"}], '"role" "content"'),
     ([{"from": "human", "value": "1+1?"}], '"role" "content" \'human\''),
     ([{"role": 1, "content": "x"}], '"role"'),
+    ([user("1+1?"), {"role": "gpt", "content": "2"}], '"gpt" known "user" rename "assistant"'),
+    ([{"role": "Assistant", "content": "2"}, user("1+1?")], '"Assistant" known "assistant"'),
     ([system("S")], "no user message"),
     ([assistant("2")], "no user message"),
     ([user("1+1?"), user(" ")], "no user message, or an empty one"),
