@@ -115,7 +115,8 @@ def check_space(folder: Path, model: str, cfg) -> None:
     need = final + count * checkpoint
     free = shutil.disk_usage(folder).free
     # Checkpoints of an earlier run, complete or partial, will be deleted.
-    reusable = sum(path.stat().st_size for path in folder.glob("*-*/*"))
+    old = [path for path in folder.glob("*-*/*") if path.is_file()]
+    reusable = sum(path.stat().st_size for path in old)
     if need <= free + reusable:
         return
     raise UserError(

@@ -335,6 +335,7 @@ def test_too_little_room_on_the_disk_is_one_message(
     folder = tmp_path / "run"
     (folder / "partial-7").mkdir(parents=True)
     (folder / "partial-7/half").write_bytes(bytes(left_behind))
+    (folder / "partial-7/link").symlink_to(folder / "gone")  # counts nothing
     disk = Disk(folder)
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", disk.usage)
     cfg = Config(**dict(steps=10) | flags)
