@@ -311,8 +311,8 @@ def nth_problem(position: int, seed: int, size: int) -> int:
     return permutation(size, seed, "epoch", epoch)[offset]
 
 
-def rollout(actor, train_set, cursor: int, cfg: Config) -> tuple[list[Response], int]:
-    """The N * K responses of a step, group by group, and the next position in the prompt stream.
+def rollout(actor, train_set, cursor: int, cfg: Config) -> tuple[list, list, int]:
+    """N * K responses, group by group; dropped ones; the next position in the prompt stream.
 
     With dynamic sampling, more prompts are tried until N groups have both right and wrong
     responses, for at most DYNAMIC_ROUNDS rounds. Uninformative groups fill the remaining places.
@@ -337,7 +337,8 @@ def rollout(actor, train_set, cursor: int, cfg: Config) -> tuple[list[Response],
                 spare.append(group)
         if len(kept) >= N:
             break
-    return [r for group in (kept + spare)[:N] for r in group], cursor
+    responses = [r for group in kept + spare for r in group]
+    return responses[: N * K], responses[N * K :], cursor
 
 
 # ---- 4. the PPO step -----------------------------------------------------------------------------
@@ -493,7 +494,7 @@ def train(cfg: Config) -> dict[str, float]:
         for step in run.steps():  # step 0 only evaluates the initial model
             if step > run.step:  # after a resume, it may be trained already, but not evaluated
                 with clock("step"):
-                    responses, cursor = rollout(actor, train_set, run.cursor, cfg)
+                    responses, dropped, cursor = rollout(actor, train_set, run.cursor, cfg)
                     sampler.sleep()
                     rewards = shape_rewards(responses, cfg)
                     advantages = compute_advantages(rewards, cfg)  # TRICK 1
@@ -501,7 +502,7 @@ def train(cfg: Config) -> dict[str, float]:
                     add_logprobs(policy, reference, minibatches, cfg)
                     stats = update(policy, optimizer, minibatches, step, cfg)
                     sync_weights(sampler, policy, dtype)
-                run.end_step(step, cursor, responses, rewards, advantages, stats)
+                run.end_step(cursor, responses, dropped, rewards, advantages, stats)
             metrics = dict(run.pending)
             if run.is_due(step, cfg.eval_every):
                 metrics |= evaluate(actor, eval_sets, cfg, run)

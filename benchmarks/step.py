@@ -146,7 +146,7 @@ class Bench:
         cfg, args = self.args.config, self.args
         if self.sampler:
             actor = Actor(self.sampler, self.tokenizer, self.grader)
-            responses, self.cursor = lite_ppo.rollout(actor, self.train_set, self.cursor, cfg)
+            responses, _, self.cursor = lite_ppo.rollout(actor, self.train_set, self.cursor, cfg)
             self.sampler.sleep()
             return responses
         lengths = [args.update_only - args.prompt_length] * (cfg.prompts_per_step * cfg.group_size)

@@ -77,8 +77,11 @@ class Log:
         self.warned |= news.keys()
         return [f"{name}: {text}" for name, text in news.items()]
 
-    def samples(self, step: int, responses: list[Response], rewards, advantages) -> None:
-        """Write some responses of the step, evenly spread, and those without a score."""
+    def samples(self, step: int, responses: list[Response], dropped, rewards, advantages) -> None:
+        """Write some responses of the step, evenly spread, and those without a score.
+
+        dropped: responses that dynamic sampling replaced. They have no reward and no advantage.
+        """
         failed = [i for i, r in enumerate(responses) if r.failure][:MAX_FAILURES]
         count = min(self.samples_per_step, len(responses))
         spread = np.linspace(0, len(responses) - 1, count, dtype=int).tolist()
@@ -88,6 +91,8 @@ class Log:
             row["reward"] = float(rewards.flatten()[i])
             row["advantage"] = float(advantages.flatten()[i])
             rows.append(row)
+        lost = [r for r in dropped if r.failure][: MAX_FAILURES - len(failed)]
+        rows += [{"step": step, "dropped": True} | sample_row(r) for r in lost]
         if not rows:
             return
         self.append("samples.jsonl", rows)

@@ -39,9 +39,13 @@ def check_failures(responses: list[Response]) -> None:
     )
 
 
-def rollout_metrics(responses: list[Response], rewards: torch.Tensor) -> dict[str, float]:
+def rollout_metrics(
+    responses: list[Response], dropped: list[Response], rewards: torch.Tensor
+) -> dict[str, float]:
     """Metrics of the rewards [N, K] and of the responses.
 
+    dropped: responses that dynamic sampling replaced. Only reward/failed counts them too: a group
+    without any score scores 0 throughout, so it is replaced.
     solve_all and solve_none come from the scores, whatever normalises the rewards.
     """
     correct = torch.tensor([r.score >= 1 for r in responses]).view(rewards.shape)
@@ -57,7 +61,7 @@ def rollout_metrics(responses: list[Response], rewards: torch.Tensor) -> dict[st
         "reward/correct": float(correct.float().mean()),
         "reward/solve_all": float(correct.all(1).float().mean()),
         "reward/solve_none": float((~correct.any(1)).float().mean()),
-        "reward/failed": mean([r.failure != "" for r in responses]),
+        "reward/failed": mean([r.failure != "" for r in responses + dropped]),
         "response/length_mean": mean(lengths),
         "response/length_max": max(lengths),
         "response/truncated": len(truncated) / len(responses),
@@ -65,19 +69,25 @@ def rollout_metrics(responses: list[Response], rewards: torch.Tensor) -> dict[st
     }
 
 
-def speed_metrics(responses: list[Response], clock: Clock, model_config: Any) -> dict[str, float]:
-    """Seconds, tokens per second and peak memory of the step."""
+def speed_metrics(
+    responses: list[Response], dropped: list[Response], clock: Clock, model_config: Any
+) -> dict[str, float]:
+    """Seconds, tokens per second and peak memory of the step.
+
+    Sampling and grading include the dropped responses; the training does not.
+    """
+    sampled = responses + dropped
     lengths = [len(r.token_ids) for r in responses]
     sizes = [len(r.problem.prompt_ids) + len(r.token_ids) for r in responses]
     seconds = clock.seconds
     train_seconds = seconds["logprobs"] + seconds["update"]
     metrics = {
-        "perf/rollout_tokens_per_s": sum(lengths) / seconds["rollout"],
+        "perf/rollout_tokens_per_s": sum(len(r.token_ids) for r in sampled) / seconds["rollout"],
         "perf/train_tokens_per_s": sum(sizes) / train_seconds,
         "perf/peak_memory_gib": max(clock.memory.values()),
     }
     metrics |= {f"time/{phase}": seconds[phase] for phase in PHASES}
-    metrics["time/slowest_reward"] = max(r.seconds for r in responses)
+    metrics["time/slowest_reward"] = max(r.seconds for r in sampled)
     for phase in ("rollout", "logprobs", "update", "sync"):
         metrics[f"memory/{phase}_gib"] = clock.memory[phase]
     peak = peak_flops()

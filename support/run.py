@@ -214,17 +214,21 @@ class Run:
 
     # ---- a step ----------------------------------------------------------------------------------
 
-    def end_step(self, step: int, cursor: int, responses, rewards, advantages, stats) -> None:
-        """Record the step: its weights are updated, so a checkpoint made now holds it."""
+    def end_step(self, cursor: int, responses, dropped, rewards, advantages, stats) -> None:
+        """Record the step: its weights are updated, so a checkpoint made now holds it.
+
+        dropped: responses that were sampled and graded, but not trained.
+        """
+        step = clock.step
         metrics = stats.reduce(responses)
-        metrics = rollout_metrics(responses, rewards) | metrics
-        metrics |= speed_metrics(responses, clock, self.policy.config)
+        metrics = rollout_metrics(responses, dropped, rewards) | metrics
+        metrics |= speed_metrics(responses, dropped, clock, self.policy.config)
         metrics["policy/lr"] = self.optimizer.param_groups[0]["lr"]
         metrics["rollout/responses"] = (cursor - self.cursor) * self.cfg.group_size
         self.position = Position(step, cursor, metrics)
         self.saver.finish()  # before the logs: a partial checkpoint may fill the disk
         if self.log:
-            self.log.samples(step, responses, rewards, advantages)
+            self.log.samples(step, responses, dropped, rewards, advantages)
             self.log.clipped(step, stats.clipped, self.tokenizer)
         self.check_skipped(step, metrics["policy/skipped"], responses)
         if clock.seconds["compile"] >= 1:

@@ -1,5 +1,6 @@
 """Whole runs on a tiny random model: what is learned, what is logged, and that ranks agree."""
 
+import collections
 import json
 import math
 import subprocess
@@ -19,6 +20,7 @@ from lite_ppo import PRESETS, Config
 from support import launch, metrics, toy
 from support.actor import Actor
 from support.checkpoints import Position
+from support.clock import clock
 from support.data import Problem
 from support.logs import Log, read_jsonl
 from support.response import Response
@@ -258,6 +260,61 @@ def test_slow_rewards_are_logged_with_their_seconds(root, monkeypatch):
     assert read(folder / "metrics.jsonl")[1]["time/slowest_reward"] == slowest
 
 
+# ---- responses that dynamic sampling drops -------------------------------------------------------
+
+UNFAIR = """
+def unfair(response, row):
+    if row["answer"] in ("3", "4"):
+        raise ValueError("no score for this row")
+    return float(len(response) % 2)
+"""
+
+
+class WatchedActor(Actor):
+    """Collects all responses by step."""
+
+    sampled: dict[int, list[Response]]
+
+    def sample(self, *args):
+        responses = super().sample(*args)
+        self.sampled[clock.step] += responses
+        return responses
+
+
+def test_logs_cover_the_responses_that_dynamic_sampling_drops(root, monkeypatch):
+    """A group without any score scores 0 throughout, so that another one replaces it."""
+    (root / "tied/unfair.py").write_text(UNFAIR)
+    folder = root / "unfair"
+    cfg = config(
+        root,
+        reward=f"{root}/tied/unfair.py:unfair",
+        dynamic_sampling=True,
+        eval_data=(),
+        steps=3,
+        samples_per_step=0,
+        output_dir=str(folder),
+    )
+    by_step = collections.defaultdict(list)
+    monkeypatch.setattr(WatchedActor, "sampled", by_step, raising=False)
+    monkeypatch.setattr(lite_ppo, "Actor", WatchedActor)
+    monkeypatch.setattr(metrics, "MAX_FAILED", 1)
+    lite_ppo.train(cfg)
+
+    samples = read(folder / "samples.jsonl")
+    for row in read(folder / "metrics.jsonl")[1:]:
+        sampled = by_step[row["step"]]
+        failed = [r.text for r in sampled if r.failure]
+        assert row["rollout/responses"] == len(sampled)
+        assert row["reward/failed"] == len(failed) / len(sampled)
+        logged = [sample for sample in samples if sample["step"] == row["step"]]
+        assert sorted(sample["response"] for sample in logged) == sorted(failed)
+        assert all("dropped" in sample or sample["reward"] == 0 for sample in logged)
+        assert row["time/slowest_reward"] == max(r.seconds for r in sampled)
+        tokens = row["perf/rollout_tokens_per_s"] * row["time/rollout"]
+        assert tokens == pytest.approx(sum(len(r.token_ids) for r in sampled))
+    assert any("dropped" in sample for sample in samples)
+
+
 # ---- memory over a long run ----------------------------------------------------------------------
 
 TIDY = """
@@ -377,7 +434,7 @@ def test_tensorboard_escapes_html(tmp_path):
         score=0.0,
     )
     log = new_log(tmp_path)
-    log.samples(10, [hostile], torch.zeros(1, 1), torch.zeros(1, 1))
+    log.samples(10, [hostile], [], torch.zeros(1, 1), torch.zeros(1, 1))
     log.metrics(10, VALUES)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (event,) = events.Tensors("sample/text_summary")
@@ -476,7 +533,7 @@ def rollout_scores(*calls, cursor=0, **changes) -> tuple[list[float], int]:
     cfg = config(Path(), prompts_per_step=2, group_size=2, **changes)
     sampler = OneSample()
     actor = Actor(sampler, toy.make_tokenizer(), GivenScores(calls))
-    responses, cursor = lite_ppo.rollout(actor, PROBLEMS, cursor, cfg)
+    responses, _, cursor = lite_ppo.rollout(actor, PROBLEMS, cursor, cfg)
     assert len(set(sampler.seeds)) == len(sampler.seeds)
     return [response.score for response in responses], cursor
 
@@ -514,7 +571,7 @@ def test_dapo_rewards_by_hand():
     cfg = Config(**PRESETS["dapo"], group_size=2, max_new_tokens=10)
     rewards = lite_ppo.shape_rewards(responses, cfg)
     assert rewards.tolist() == [[1, -1], [0.5, -2]]
-    found = metrics.rollout_metrics(responses, rewards)
+    found = metrics.rollout_metrics(responses, [], rewards)
     assert found["reward/mean"] == pytest.approx(-0.375)
     assert found["reward/correct"] == 0.5
 
