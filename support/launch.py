@@ -135,6 +135,11 @@ def check_config(cfg, world: int) -> None:
     grouped = cfg.advantage_mean in ("group", "leave_one_out") or cfg.advantage_std == "group"
     text = "a group mean or std needs at least 2 responses per prompt"
     need(cfg.group_size > 1 or not grouped, cfg, "group_size", text)
+    text = (
+        "--dynamic-sampling keeps groups with right and wrong responses, so a group needs at least "
+        "2; raise it, or leave --dynamic-sampling out"
+    )
+    need(cfg.group_size > 1 or not cfg.dynamic_sampling, cfg, "group_size", text)
     leave_one_out = cfg.advantage_mean == "leave_one_out"
     text = "--advantage-mean leave_one_out needs none"
     need(cfg.advantage_std == "none" or not leave_one_out, cfg, "advantage_std", text)

@@ -117,7 +117,7 @@ def test_toy_settings_replace_the_defaults():
 
 # ---- one message for each mistake ----------------------------------------------------------------
 
-MISTAKES = {  # a flag and its value: words that the message must contain
+MISTAKES = {  # a flag and its value, and further flags: words that the message must contain
     # the flag or its value alone
     "--groups 3": "--groups",
     "--preset ppo2": "--preset ppo2 dr_grpo",
@@ -128,6 +128,8 @@ MISTAKES = {  # a flag and its value: words that the message must contain
     "--temperature 0": "--temperature 0.0 positive",
     # two flags that contradict each other
     "--reward-low 2": "--reward-low 2.0 below 1 correct",
+    "--group-size 1 --preset reinforce --dynamic-sampling": "--group-size 1: --dynamic-sampling "
+    "at least 2 raise",
     "--minibatches 9999": "--minibatches 9999 responses per step",
     # data
     "--train-data ": "--train-data missing JSONL",
@@ -208,9 +210,9 @@ def printed_error(capfd) -> str:
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistake_is_one_message(mistake, root, monkeypatch, capfd):
-    flag, value = mistake.replace("ROOT", str(root)).split(" ")
+    flag, value, *others = mistake.replace("ROOT", str(root)).split(" ")
     flags = {"--output-dir": f"{root}/mistakes", flag: value}
-    code = call_main(monkeypatch, command_line(root, **flags))
+    code = call_main(monkeypatch, command_line(root, **flags) + others)
     error = printed_error(capfd)
     assert code == 2, error
     assert "Traceback" not in error
