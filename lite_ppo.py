@@ -235,6 +235,7 @@ def make_micro_batch(responses, indices, advantages, weights, device) -> MicroBa
 
 def response_logprobs(model, compiled: bool, batch: MicroBatch, temperature: float):
     """Log-prob and entropy of each response token, both [R]."""
+    clock.tick()  # every rank has equally many micro-batches
     hidden = model.base_model(
         input_ids=batch.token_ids[None],
         position_ids=batch.position_ids[None],
@@ -436,7 +437,6 @@ def update(policy, optimizer, minibatches, step: int, cfg: Config) -> UpdateStat
             loss = (batch.weights * losses).sum()
             (loss * world).backward()  # FSDP takes the mean over ranks; we need the sum
             stats.add(batch, logprobs, entropy, losses, loss)
-            clock.tick()
         if m == 0:  # the weights have not moved yet: were the responses sampled from them?
             every = [batch for part in minibatches for batch in part]
             stats.metrics |= check_gap(every, cfg)

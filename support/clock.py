@@ -19,7 +19,8 @@ class Clock:
     step = 0
     phase = "start"
     ticks = 0  # every rank ticks at the same points: the lowest count is the rank that hangs
-    since = time.monotonic()  # time of the last tick
+    signs = 0  # of life: ticks, and others that not all ranks have
+    since = time.monotonic()  # time of the last sign of life
 
     def __init__(self):
         self.start(0)
@@ -47,8 +48,14 @@ class Clock:
 
     @classmethod
     def tick(cls) -> None:
-        """Record progress."""
+        """Record progress that every rank makes."""
         cls.ticks += 1
+        cls.alive()
+
+    @classmethod
+    def alive(cls) -> None:
+        """Record a sign of life inside a phase, such as a token. Ranks may differ in these."""
+        cls.signs += 1
         cls.since = time.monotonic()
 
     @classmethod

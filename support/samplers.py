@@ -241,6 +241,7 @@ class TransformersSampler:
         rows = torch.arange(len(uniform), device=uniform.device)  # responses in `state`
         running = torch.ones_like(rows, dtype=torch.bool)  # those that have not ended
         for t in range(limit):
+            clock.alive()
             token, logprob = draw(state.logits, uniform[rows, t], sampling)
             tokens[rows, t] = token.int()
             logprobs[rows, t] = logprob
@@ -405,10 +406,20 @@ class VllmSampler:
         inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
         params = [SamplingParams(seed=seed, **options) for seed in seeds]
         results = []
-        for output in self.llm.generate(inputs, params, use_tqdm=False):
+        for output in self.run_engine(inputs, params):
             outputs = sorted(output.outputs, key=lambda o: o.index)
             results.append([self.to_sample(o) for o in outputs] * (sampling.n // n))
         return results
+
+    def run_engine(self, inputs: list, params: list) -> list:
+        """vLLM's RequestOutput of each input, in order: LLM.generate() with signs of life."""
+        self.llm.enqueue(inputs, params, use_tqdm=False)
+        engine = self.llm.llm_engine
+        finished = []
+        while engine.has_unfinished_requests():
+            finished += [output for output in engine.step() if output.finished]
+            clock.alive()
+        return sorted(finished, key=lambda output: int(output.request_id))
 
     def to_sample(self, output: Any) -> Sample:
         """A Sample from vLLM's CompletionOutput."""

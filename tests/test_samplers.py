@@ -19,6 +19,7 @@ from transformers import AutoConfig, DynamicCache
 import lite_ppo
 from lite_ppo import Problem, Response, build_policy, full_weights, make_micro_batch
 from support import guard, models, samplers, toy
+from support.clock import Clock
 from support.errors import UserError
 from support.samplers import Sample, Sampling
 from tests import faulty
@@ -144,6 +145,15 @@ def test_sampler_reads_more_prompt_tokens_than_vllm_schedules_at_once(engine):
     for i in (0, 107, 108, 215, 216, 255):
         (alone,) = engine.sampler.generate([prompts[i]], [i], two_each)
         check_same_samples([(None, s) for s in together[i]], [(None, s) for s in alone])
+
+
+def test_sampler_shows_a_sign_of_life_for_each_position(engine):
+    """No tick: the ranks compare their ticks, and another rank may sample fewer positions."""
+    signs = Clock.signs
+    ticks = Clock.ticks
+    longest = max(len(sample.token_ids) for sample in engine.samples(FOUR_EACH))
+    assert Clock.signs - signs >= longest > 4
+    assert Clock.ticks == ticks
 
 
 def test_sampler_is_greedy_at_temperature_0(engine, root):
