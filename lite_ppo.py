@@ -479,7 +479,7 @@ def train(cfg: Config) -> dict[str, float]:
 
     with Run(cfg, path, tokenizer, train_set, eval_sets) as run:  # folder, logs, checkpoints
         run.print_banner(train_set, left_out)
-        grader = run.close_at_end(Grader(cfg))
+        grader = run.close_at_end(Grader(cfg, clock.alive))
         # The sampler comes before the policy: vLLM measures the GPU's free memory when it starts.
         sampler = samplers.make(run.sampler, cfg, path, eos_ids, device, dtype)
         actor = Actor(sampler, tokenizer, grader)

@@ -426,6 +426,26 @@ def test_reward_that_hangs_is_killed_with_its_processes(trouble, make_grader, tm
     assert results(grader, ["fine"] * 10) == [(float(i), "") for i in range(10)]  # new workers
 
 
+def test_long_batch_shows_signs_of_life_unless_the_server_hangs(trouble, make_grader):
+    grader = make_grader(trouble, workers=1)
+    signs = []
+    grader.alive = functools.partial(signs.append, 1)
+    grader(["waits"] * 12, ROWS[:12])  # 2.4 s
+    assert len(signs) >= 2
+
+    signs.clear()
+    grader.server.send_signal(signal.SIGSTOP)
+    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1.3)
+        with pytest.raises(KeyboardInterrupt):
+            grader(["waits"], ROWS[:1])
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+        grader.server.send_signal(signal.SIGCONT)
+    assert not signs
+
+
 def send_signals(pids) -> None:
     for number in (signal.SIGINT, signal.SIGTERM) * 3:
         time.sleep(0.1)
