@@ -171,14 +171,16 @@ def answer_ranks(store, prefix: str, world: int, limit: timedelta) -> None:
 
 
 class Watchdog(threading.Thread):
-    """A thread that ends this process, with its stack, when it makes no progress for `minutes`.
+    """A thread that ends this process, with its stack, after `minutes` without a sign of life.
 
     Ranks exchange their progress through the store, so that the message names the rank that is
-    behind. A rank that only waits for another one grants it GRACE seconds to report by itself;
-    a frozen rank cannot.
+    behind. The signs of life of a rank that is behind count for the ranks that wait for it. A rank
+    that waits for one without them grants it GRACE seconds to report by itself; a frozen rank
+    cannot.
     """
 
     GRACE = 10.0
+    LOOKS = 50  # at the other ranks, in `minutes` of waiting
 
     def __init__(self, minutes: float, rank: int, world: int, store=None):
         super().__init__(daemon=True)
@@ -187,17 +189,23 @@ class Watchdog(threading.Thread):
         self.world = world
         self.store = store  # None with one rank, or after the store has gone
         self.ended = threading.Event()
+        self.seen: dict[int, int] = {}  # signs of life of the ranks behind, at the last look
 
     def run(self) -> None:
-        reported = None  # ticks
+        reported = None  # signs of life
+        looked = 0.0
         while not self.ended.wait(0.25):
-            if Clock.ticks != reported:
+            if Clock.signs != reported:
+                reported = Clock.signs
                 self.report()
-                reported = Clock.ticks
+            now = time.monotonic()
+            if now - max(looked, Clock.since) > 60 * self.minutes / self.LOOKS:
+                looked = now
+                self.look_at_ranks_behind()
             late = time.monotonic() - Clock.since - 60 * self.minutes
             if late <= 0:
                 continue
-            others = self.ranks_behind()
+            others = self.describe_ranks_behind()
             if late > self.GRACE or not others:
                 self.end_process(others)
 
@@ -205,33 +213,45 @@ class Watchdog(threading.Thread):
         if self.store is None:
             return
         try:
-            self.store.set(f"lite_ppo/{self.rank}", f"{Clock.ticks} {Clock.where()}")
+            self.store.set(f"lite_ppo/{self.rank}", f"{Clock.ticks} {Clock.signs} {Clock.where()}")
         except RuntimeError:  # the store has gone, and the run with it
             self.store = None
 
-    def ranks_behind(self) -> str:
-        """The ranks that have made less progress than this one, for the message."""
-        if self.store is None:
-            return ""
+    def look_at_ranks_behind(self) -> None:
+        """If one of them has shown a sign of life since the last look, waiting for it is healthy.
+
+        This rank is then alive too. A rank that waits has more ticks than one that it waits for,
+        so two ranks never count for each other.
+        """
         try:
-            progress = self.read_progress()
+            signs = {rank: signs for rank, (signs, _) in self.ranks_behind().items()}
+        except RuntimeError:
+            return
+        if any(signs[rank] != self.seen.get(rank, signs[rank]) for rank in signs):
+            Clock.alive()
+        self.seen = signs
+
+    def describe_ranks_behind(self) -> str:
+        """The ranks that have made less progress than this one, for the message."""
+        try:
+            behind = self.ranks_behind()
         except RuntimeError:
             return "; the other ranks cannot be reached"
-        mine = progress.get(self.rank, (Clock.ticks, ""))[0]
-        text = ""
-        for rank, (ticks, where) in progress.items():
-            if ticks < mine:
-                text += f"; rank {rank} is behind, in {where}"
-        return text
+        places = [f"; rank {rank} is behind, in {where}" for rank, (_, where) in behind.items()]
+        return "".join(places)
 
-    def read_progress(self) -> dict[int, tuple[int, str]]:
-        """Ticks and place of each rank that has reported."""
-        progress = {}
+    def ranks_behind(self) -> dict[int, tuple[int, str]]:
+        """Signs of life and place of each rank with fewer ticks. RuntimeError without the store."""
+        if self.store is None:
+            return {}
+        behind = {}
         for rank in range(self.world):
             if self.store.check([f"lite_ppo/{rank}"]):
-                ticks, where = self.store.get(f"lite_ppo/{rank}").decode().split(" ", 1)
-                progress[rank] = (int(ticks), where)
-        return progress
+                report = self.store.get(f"lite_ppo/{rank}").decode()
+                ticks, signs, where = report.split(" ", 2)
+                if int(ticks) < Clock.ticks:
+                    behind[rank] = (int(signs), where)
+        return behind
 
     def end_process(self, others: str) -> None:
         print(

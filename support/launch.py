@@ -184,7 +184,7 @@ def connect(cfg) -> None:
     if torch.cuda.is_available():
         check_gpus(env("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count())
         torch.cuda.set_device(compute_device())
-    limit = timedelta(minutes=cfg.timeout_minutes + 2)  # the watchdog comes first
+    limit = timedelta(minutes=cfg.timeout_minutes + 2)  # for ranks that do not join
     store = dist.HashStore()
     rank = 0
     world = 1
@@ -201,7 +201,9 @@ def connect(cfg) -> None:
             ) from None
     # gloo beside nccl: objects, checkpoints and offloaded gradients travel through host memory.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    # A healthy rank may keep the others waiting for longer. The watchdog finds one that hangs.
+    patience = limit + timedelta(days=1)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     guard.watch(cfg.timeout_minutes, rank, world, store.clone() if world > 1 else None)
 
 

@@ -17,6 +17,7 @@ from tests.world import command_line
 
 clip_grad_norm = torch.nn.utils.clip_grad_norm_
 compute_advantages = lite_ppo.compute_advantages
+generate = TransformersSampler.generate
 
 
 def hang(sampler, prompts, *args):
@@ -24,6 +25,14 @@ def hang(sampler, prompts, *args):
     if prompts:
         time.sleep(9999)
     return []
+
+
+def crawl(sampler, prompts, *args):
+    """In step 1, longer than --timeout-minutes and Watchdog.GRACE, with signs of life."""
+    for _ in range(84 * (clock.step == 1)):
+        time.sleep(0.25)
+        clock.alive()
+    return generate(sampler, prompts, *args)
 
 
 def die(*args):
@@ -64,6 +73,7 @@ def load_slowly(name):
 FAULTS = {  # name: the function that is replaced, and by what
     "hung": (TransformersSampler, "generate", hang),
     "frozen": (TransformersSampler, "generate", freeze),
+    "slow": (TransformersSampler, "generate", crawl),
     "dead": (lite_ppo, "make_micro_batch", die),
     "failing": (lite_ppo, "make_micro_batch", fail),
     "memory": (lite_ppo, "check_gap", run_out_of_memory),
@@ -91,6 +101,7 @@ WAITING = {"--timeout-minutes": "0.3"}
 FLAGS = {  # fault: flags of the run
     "hung": WAITING,
     "frozen": WAITING,
+    "slow": {"--timeout-minutes": "0.15", "--steps": "1"},
     "dead": {},
     "failing": {},
     "memory": {},
@@ -100,12 +111,12 @@ FLAGS = {  # fault: flags of the run
 
 
 def start_all(root: Path) -> dict[str, forks.Fork]:
-    """A run for each fault, one after the other; two of them only wait, at the same time."""
+    """A run for each fault, one after the other; three of them only wait, at the same time."""
     turn = forks.SERVER.Lock()
     runs = {}
     for fault, flags in FLAGS.items():
         argv = command_line(root, **{"--output-dir": f"{root}/{fault}"} | flags)
-        own_turn = None if flags is WAITING else turn
+        own_turn = None if "--timeout-minutes" in flags else turn
         restarts = int(fault == "dead once")
         runs[fault] = forks.two_ranks(main, fault, argv=argv, restarts=restarts, turn=own_turn)
     return runs

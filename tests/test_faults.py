@@ -19,14 +19,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import lite_ppo
 import tricks
 from lite_ppo import make_micro_batch
-from support import run, samplers
+from support import guard, run, samplers
 from support.checkpoints import checkpoints
-from support.clock import clock
+from support.clock import Clock, clock
 from support.data import Problem
 from support.errors import RunError, Stopped
 from support.logs import Log
@@ -69,6 +70,36 @@ def test_fault_of_a_rank_ends_the_run_with_its_name(fault, messages, faulty_runs
     assert result.returncode == 1, result.stderr[-6000:]
     for message in messages:
         assert message in result.stderr, result.stderr[-6000:]
+
+
+def test_slow_rank_with_signs_of_life_is_no_fault(faulty_runs, root):
+    """The other rank waits for it, longer than --timeout-minutes."""
+    result = faulty_runs["slow"].wait()
+    assert result.returncode == 0, result.stderr[-6000:]
+    (row,) = read(root / "slow/metrics.jsonl")[1:]
+    patience = 60 * float(faulty.FLAGS["slow"]["--timeout-minutes"]) + guard.Watchdog.GRACE
+    assert row["time/step"] > patience
+
+
+@pytest.mark.parametrize(
+    "reports,alive",
+    [
+        pytest.param(["0 5 step 1, rollout", "0 6 step 1, rollout"], True, id="behind"),
+        pytest.param(["0 5 step 1, rollout", "0 5 step 1, rollout"], False, id="behind, hung"),
+        pytest.param(["99 5 step 1, reward", "99 6 step 1, reward"], False, id="not behind"),
+    ],
+)
+def test_only_signs_of_life_of_a_rank_behind_count(reports, alive, monkeypatch):
+    monkeypatch.setattr(Clock, "ticks", 99)
+    monkeypatch.setattr(Clock, "signs", 0)
+    monkeypatch.setattr(Clock, "since", 0.0)
+    store = dist.HashStore()
+    watchdog = guard.Watchdog(60, rank=0, world=2, store=store)
+    for report in reports:
+        assert Clock.since == 0
+        store.set("lite_ppo/1", report)
+        watchdog.look_at_ranks_behind()
+    assert (Clock.since > 0) == alive
 
 
 def test_launcher_restarts_a_run_from_its_checkpoint(faulty_runs, root):
