@@ -276,6 +276,8 @@ ENCODINGS = {
     "plain": PLAIN,
     "no line end at the end": PLAIN.rstrip(),
     "Windows line ends and blank lines": PLAIN.replace(b"\n", b"\r\n\r\n"),
+    "CR alone as line end": UNESCAPED.replace(b"\n", b"\r"),
+    "every line end in one file": PLAIN.replace(b"\n", b"\r", 1) + b"\r\n\n",
     "byte order mark": BOM + PLAIN,
     "blank lines first": b" \n\n" + PLAIN,
     "byte order mark in a blank line": BOM + b"\n" + PLAIN,
@@ -613,8 +615,7 @@ def reason_for(error: UserError, path: str) -> str:
     place, reason = message[len(path) :].split(": ")[:2]
     assert reason, message
     if place:
-        line_ends = Path(path).read_bytes().count(b"\n")
-        assert 1 <= int(place[1:]) <= line_ends + 1, message
+        assert 1 <= int(place[1:]) <= len(Path(path).read_bytes().splitlines()), message
     else:
         assert "holds no problems" in message
     json.dumps(message, ensure_ascii=False).encode()  # raises if it cannot be printed
@@ -1034,12 +1035,20 @@ value_without_an_answer_has_an_empty_gold_answer: a NaN is an answer
 + False
 
 error_names_the_broken_line: lines from zero
-- enumerate(file, 1)
-+ enumerate(file)
+- enumerate(lines, 1)
++ enumerate(lines)
 
 error_names_the_broken_line: surrogates pass
 - json.dumps(raw, ensure_ascii=False).encode()
 + json.dumps(raw).encode()
+
+file_in_any_encoding_has_the_same_rows: CR is no line end
+- in line.splitlines())
++ in [line])
+
+file_in_any_encoding_has_the_same_rows: other characters are line ends
+- line.splitlines()
++ map(str.encode, line.decode().splitlines())
 
 file_in_any_encoding_has_the_same_rows: byte order mark not removed
 - utf-8-sig
