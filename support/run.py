@@ -21,7 +21,7 @@ from support.checkpoints import (
     open_folder,
 )
 from support.clock import clock
-from support.data import Problem, problems_id
+from support.data import TRAINING, Problem, problems_id
 from support.errors import RunError, Stopped, UserError
 from support.logs import Log, sample_text
 from support.metrics import NOT_FINITE, rollout_metrics, speed_metrics
@@ -106,19 +106,16 @@ class Run:
         if problem := id_problem(self.tokenizer, largest, rows):
             raise UserError(f"--model {self.cfg.model}: {problem}")
 
-    def print_banner(self, train_set: list[Problem], left_out: str) -> None:
-        """What will run, and where its files go."""
+    def print_banner(self, train_set: list[Problem], left_out: dict[str, str]) -> None:
+        """What will run, and where its files go. left_out: see data.load_sets."""
         cfg = self.cfg
         ranks = dist.get_world_size()
         dtype = str(compute_dtype(cfg.dtype)).removeprefix("torch.")
-        held_out = ", ".join(f"{name} ({len(set)})" for name, set in self.eval_sets.items())
         responses = cfg.prompts_per_step * cfg.group_size
         device = compute_device().type.replace("cuda", "GPU").replace("cpu", "CPU")
-        left_out = "" if left_out == "none" else f" ({left_out} left out)"
         lines = [
             f"model      {cfg.model}, {count_parameters(self.path):,} parameters",
-            f"data       {len(train_set):,} training problems{left_out}; "
-            f"held out: {held_out or 'none'}",
+            f"data       {self.describe_data(train_set, left_out)}",
             f"training   {cfg.steps} steps of {cfg.prompts_per_step} prompts x {cfg.group_size} "
             f"responses = {responses}, {cfg.minibatches} optimizer step(s) each",
             f"machine    {ranks} {'process' if ranks == 1 else 'processes'}, {device}, {dtype}",
@@ -127,6 +124,15 @@ class Run:
         ]
         self.print("\n".join(lines))
         self.print_warnings(train_set)
+
+    def describe_data(self, train_set: list[Problem], left_out: dict[str, str]) -> str:
+        """The sizes of the training and evaluation sets, and the rows that are left out."""
+        notes = {name: f"; {text} left out" if text else "" for name, text in left_out.items()}
+        held_out = [f"{name} ({len(set)}{notes[name]})" for name, set in self.eval_sets.items()]
+        note = f" ({left_out[TRAINING]} left out)" if left_out[TRAINING] else ""
+        return (
+            f"{len(train_set):,} training problems{note}; held out: {', '.join(held_out) or 'none'}"
+        )
 
     def print_warnings(self, train_set: list[Problem]) -> None:
         """What may differ from what the user expects."""

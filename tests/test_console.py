@@ -92,7 +92,10 @@ def test_flags_reach_the_config_from_every_group():
 def printed(root, tmp_path_factory) -> tuple[str, str, Path]:
     """What a run of two steps prints on stdout and stderr, and its folder."""
     folder = tmp_path_factory.mktemp("console") / "run"
-    result = Fork(train_each, config(root, output_dir=str(folder), steps=2)).wait()
+    dev = folder.with_name("dev.jsonl")
+    dev.write_bytes((root / "dev.jsonl").read_bytes() * 3)  # two rows are left out
+    cfg = config(root, output_dir=str(folder), steps=2, eval_data=(str(dev),))
+    result = Fork(train_each, cfg).wait()
     assert result.returncode == 0, result.stderr
     return result.stdout, result.stderr, folder
 
@@ -100,7 +103,8 @@ def printed(root, tmp_path_factory) -> tuple[str, str, Path]:
 def test_banner_names_model_data_steps_machine_and_folder(printed):
     lines = printed[0].splitlines()
     assert lines[0].endswith("/tied, 87,808 parameters")
-    assert lines[1] == "data       10 training problems; held out: dev (1)"
+    expected = "10 training problems; held out: dev (1; 2 repeated left out)"
+    assert lines[1] == f"data       {expected}"
     assert "2 steps of 4 prompts x 4 responses = 16, 2 optimizer step(s) each" in lines[2]
     assert lines[3] == "machine    1 process, CPU, float32"
     assert lines[4] == "sampler    transformers (chosen by --sampler)"

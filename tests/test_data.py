@@ -958,6 +958,24 @@ def test_limit_takes_the_first_rows(tmp_path, tokenizer):
     assert left_out["too long"] == 0
 
 
+def test_rows_left_out_are_counted_for_each_set(tmp_path, tokenizer, hub):
+    hub["me/mine"] = [ROWS[0], ROWS[0], ROWS[1], ROWS[1] | {"answer": "x"}, {"problem": "P"}]
+    long = {"problem": "1+" * 9 + "1", "answer": "10"}
+    train = write(tmp_path, lines(*ROWS, ROWS[3], ROWS[0], long))
+    once = write(tmp_path, lines(*ROWS), "once.jsonl")
+    twice = write(tmp_path, lines(*ROWS, *ROWS), "twice.jsonl")
+    cfg = settings(train_data=train, eval_data=(once, f"dev={twice}", "me/mine"))
+    _, eval_sets, left_out = data.load_sets(tokenizer, cfg)
+    sizes = {name: len(problems) for name, problems in eval_sets.items()}
+    assert sizes == dict(once=5, dev=5, mine=1)
+    assert left_out == {
+        data.TRAINING: "2 repeated, 1 too long",
+        "once": "",
+        "dev": "5 repeated",
+        "mine": "1 without a usable problem and answer, 1 repeated, 2 with contradicting answers",
+    }
+
+
 def test_error_if_every_prompt_is_too_long(tmp_path, tokenizer):
     path = write(tmp_path, lines(*sums(600)))
     pattern = "some.jsonl: every prompt is longer than --max-prompt-tokens 2"
