@@ -23,7 +23,7 @@ from support.checkpoints import (
 from support.clock import clock
 from support.data import TRAINING, Problem, problems_id
 from support.errors import RunError, Stopped, UserError
-from support.logs import Log, sample_text
+from support.logs import Log, read_jsonl, sample_text
 from support.metrics import NOT_FINITE, rollout_metrics, speed_metrics
 from support.models import architectures, count_parameters, save_model
 from support.prompts import CHECKED, Template, id_problem, template_warnings
@@ -168,10 +168,26 @@ class Run:
                     "give a larger number"
                 )
             self.print(f"resumed from {self.checkpoint}, {self.step} of {cfg.steps} steps done")
+            if self.step == cfg.steps and self.pending is None:
+                self.position.pending = gather([self.find_unevaluated()])[0]  # rank 0 decides
         self.saver = Checkpoints(self.folder, cfg, self.identity, self.print)
         if self.checkpoint and self.checkpoint.parent == self.folder:
             self.saver.newest = self.step
         self.log = Log(self.folder, cfg, self.position) if self.main else None
+
+    def find_unevaluated(self) -> dict[str, float] | None:
+        """The logged metrics of the last step, if it has no evaluation of some set yet.
+
+        Such a step was not the last one when it was trained, or was trained in another folder.
+        """
+        logged = {}
+        for row in read_jsonl(self.folder / "metrics.jsonl"):
+            if row["step"] == self.step:
+                logged = row
+        if all(f"eval/{name}/accuracy" in logged for name in self.eval_sets):
+            return None
+        known = {key: value for key, value in logged.items() if key != "step"}
+        return {key: math.nan if value is None else value for key, value in known.items()}
 
     # ---- position --------------------------------------------------------------------------------
 
@@ -193,7 +209,8 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The steps that are still to do.
 
-        After a signal during an evaluation, the first one is a step that is only to be evaluated.
+        The first one is only to be evaluated if the step is trained and its evaluation is missing:
+        after a signal during that evaluation, or if the last step has none (find_unevaluated).
         """
         guard.install_signals(self.signals)  # before this point there is nothing to save
         first = self.step + (self.pending is None)
@@ -318,14 +335,15 @@ class Run:
         self.engine.close()
 
     def print_summary(self) -> None:
+        """The first and the last accuracy in the log, or the only one, and where the files are."""
         cfg = self.cfg
         for name, problems in self.eval_sets.items():
-            key = f"eval/{name}/accuracy"
-            before = self.log.rows[0].get(key, math.nan)
-            after = self.log.rows[-1].get(key, math.nan)
+            _, values = self.log.points(f"eval/{name}/accuracy")
+            ends = [values[0], values[-1]] if len(values) > 1 else values
             self.print(
-                f"{name}: accuracy {before:.3f} -> {after:.3f} ({len(problems)} problems x "
-                f"{cfg.eval_samples} samples, temperature {cfg.eval_temperature:g})"
+                f"{name}: accuracy {' -> '.join(f'{value:.3f}' for value in ends)} "
+                f"({len(problems)} problems x {cfg.eval_samples} samples, "
+                f"temperature {cfg.eval_temperature:g})"
             )
         self.print(
             f"{time.time() - self.began:.0f} s. In {self.folder}: final/ (the model), curves.png, "

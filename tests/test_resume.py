@@ -149,6 +149,39 @@ def test_number_of_ranks_may_change(name, printed_by_resharded_runs, one_rank_ru
     assert [row["response"] for row in read(folder / "samples.jsonl")] == expected
 
 
+def summaries(printed: str) -> list[str]:
+    """The lines of a run's end that name an accuracy."""
+    return [line for line in printed.splitlines() if line.startswith("dev: accuracy ")]
+
+
+def test_run_from_the_checkpoint_of_its_last_step_evaluates_it(one_rank_run, root):
+    """It has one accuracy, so that its summary shows no change."""
+    settings = dict(steps=7, resume=f"{one_rank_run}/checkpoint-7", **SAVED)
+    printed = train(root, "at_the_end", **settings)
+    (row,) = read(root / "at_the_end/metrics.jsonl")
+    expected = read(one_rank_run / "metrics.jsonl")[-1]["eval/dev/accuracy"]
+    assert (row["step"], row["eval/dev/accuracy"]) == (7, expected)
+    assert summaries(printed) == [
+        f"dev: accuracy {expected:.3f} (1 problems x 2 samples, temperature 1)"
+    ]
+    assert "resumed from" in train(root, "at_the_end", **settings)
+    assert read(root / "at_the_end/metrics.jsonl") == [row]
+
+
+def test_run_that_becomes_shorter_evaluates_its_last_step(one_rank_run, root):
+    others = shutil.ignore_patterns("checkpoint-[467]", "final")
+    shutil.copytree(one_rank_run, root / "shorter", ignore=others)
+    line = read(root / "shorter/metrics.jsonl")[2]
+    assert "eval/dev/accuracy" not in line
+    printed = train(root, "shorter", steps=2, **SAVED)
+    first, _, last = read(root / "shorter/metrics.jsonl")
+    assert last.items() > line.items()
+    before, after = first["eval/dev/accuracy"], last["eval/dev/accuracy"]
+    assert len(summaries(printed)) == 1
+    assert summaries(printed)[0].startswith(f"dev: accuracy {before:.3f} -> {after:.3f} (")
+    assert (root / "shorter/final").is_dir()
+
+
 def load_without_optimizer(path, policy, optimizer) -> Position:
     position = load_checkpoint(path, policy, optimizer)
     optimizer.state.clear()
@@ -323,5 +356,6 @@ def test_folder_that_ranks_do_not_share_is_one_message(root, tmp_path, monkeypat
 def test_finished_run_may_be_repeated(whole, root):
     printed = train(root, "whole", **EACH_STEP)
     assert "resumed from" in printed
+    assert "pass@" not in printed  # its last step is evaluated already
     assert steps_logged(whole) == [0, 1, 2, 3, 4]
     assert (whole / "final").is_dir()
