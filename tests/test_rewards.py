@@ -243,6 +243,7 @@ def start_family(file):
 VALUES = {
     "nan": float("nan"), "inf": float("inf"), "none": None, "word": "seven", "digits": "7",
     "complex": 1j, "vast": 10**400, "list": [1.0] * 10**5, "lambda": lambda: 1, "true": True,
+    "big": 1e39, "negative": -1.1e20, "largest": -1e20,
 }
 
 def trouble(response, row):
@@ -296,6 +297,8 @@ REASONS = {  # response: part of the reason why it has no score
     "digits": "'7' (str)",
     "complex": "1j (complex)",
     "vast": "(int)",
+    "big": "1e+39 (float), not a finite number of at most 1e+20 in size; return one, such as",
+    "negative": "-1.1e+20 (float), not a finite number of at most 1e+20 in size",
     "list": "(list)",
     "lambda": "(function)",
 }
@@ -394,6 +397,7 @@ def test_bool_is_a_number_and_a_forgotten_fork_does_no_harm(trouble, make_grader
     grader = make_grader(trouble)
     responses = ["true", "forgets", "fine", "fine"]
     assert results(grader, responses) == [(1.0, ""), (1.0, ""), (2.0, ""), (3.0, "")]
+    assert results(grader, ["largest"]) == [(-1e20, "")]
     assert grader([], []) == []
 
 
