@@ -165,7 +165,7 @@ def find_checkpoint(folder: Path, cfg, identity: dict[str, str]) -> Path | None:
     if cfg.resume != "auto":
         named = Path(cfg.resume)
         # This run started from the named checkpoint, was stopped, and has newer checkpoints.
-        restarted = bool(newest) and saved["config"]["resume"] == cfg.resume
+        restarted = bool(newest) and Path(saved["config"]["resume"]).resolve() == named.resolve()
         if not restarted:
             read_state(named)
         if not newest or newest.resolve() == named.resolve():

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import shutil
 from pathlib import Path
 
@@ -258,6 +259,17 @@ def test_resume_flag_allows_other_settings_in_another_folder(fork, root):
     """The same command then continues the new run."""
     printed = train(root, "fork", steps=9, **fork)
     assert f"resumed from {root}/fork/checkpoint-7, 7 of 9" in printed
+
+
+@pytest.mark.parametrize("spelling", ["{}/", "{}/../checkpoint-6", "relative"])
+def test_resume_flag_may_be_spelled_in_another_way(spelling, fork, root, monkeypatch):
+    monkeypatch.chdir(root)
+    path = fork["resume"]
+    spelled = os.path.relpath(path) if spelling == "relative" else spelling.format(path)
+    newest = checkpoints.checkpoints(root / "fork")[-1]
+    identity = checkpoints.read_state(newest)["identity"]
+    cfg = config(root, steps=9, **fork | dict(resume=spelled))
+    assert checkpoints.find_checkpoint(root / "fork", cfg, identity) == newest
 
 
 def test_resume_flag_allows_no_second_change_in_that_folder(fork, root):
