@@ -197,7 +197,7 @@ def timed(function) -> float:
 
 
 def measure_step(args: Args) -> Iterator[dict]:
-    """The row as far as it is measured, after the steps and after each form of the rollout."""
+    """The row as far as it is measured, after the steps and after each round of the rollout."""
     cfg = one_step.default_config()
     cfg.prompts_per_step, cfg.group_size = args.prompts, 8
     cfg.max_prompt_tokens, cfg.max_new_tokens = 512, args.max_new_tokens
@@ -226,7 +226,7 @@ def measure_step(args: Args) -> Iterator[dict]:
 def compare_rollouts(args: Args, bench, cfg) -> Iterator[dict]:
     """The rollout beside vLLM alone with fewer demands, on the same prompts, after each round.
 
-    A round times every form once, every other round backwards. The ratios are medians over the
+    A round times every form once; the order of the forms alternates. Ratios are medians over the
     rounds.
     """
     problems = [bench.train_set[i] for i in range(cfg.prompts_per_step)]
@@ -283,7 +283,7 @@ def rollout_forms(bench, cfg, problems: list) -> dict[str, Callable[[], list]]:
 def bookkeeping(llm, form: Callable[[], list]) -> dict[str, float]:
     """What vLLM's Python does for each token of each request, in microseconds per token.
 
-    The GPU cannot be faster than its sum, whatever the model: all of it runs in this thread.
+    All of it runs in this thread, whatever the model. Sampling takes at least the sum.
     """
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler

@@ -321,8 +321,8 @@ VLLM_SETTINGS = {  # read when vLLM is imported
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-VLLM_MOST_SEQUENCES = 4096  # at once; vLLM for CPUs takes no more
-VLLM_TEMPERATURES = (0.01, 2.0)  # it raises lower ones to 0.01, and refuses higher ones
+VLLM_MOST_SEQUENCES = 4096  # that it decodes at once on a CPU
+VLLM_TEMPERATURES = (0.01, 2.0)  # vLLM raises lower ones to 0.01, and refuses higher ones
 
 
 class VllmSampler:
@@ -398,7 +398,7 @@ class VllmSampler:
             top_k=sampling.top_k,
             max_tokens=sampling.max_new_tokens,
             stop_token_ids=self.eos_ids,
-            ignore_eos=True,  # vLLM's own ids, also from config.json: only those above end
+            ignore_eos=True,  # else vLLM would also end at the ids of the model's files
             logprobs=0,  # of the drawn token only
             flat_logprobs=True,
             detokenize=False,

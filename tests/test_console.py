@@ -33,20 +33,6 @@ def help_text() -> str:
     return " ".join(result.stdout.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("error", [None, RunError("the sampler holds other weights")])
-def test_a_failure_leaves_the_process_group_to_vllm(error, monkeypatch, capsys):
-    """vLLM destroys its groups when the process exits, and fails if they are gone."""
-    destroy = mock.Mock()
-    monkeypatch.setattr(launch, "parse_config", lambda *args: None)
-    monkeypatch.setattr(launch, "connect", lambda cfg: None)
-    monkeypatch.setattr(launch.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(launch.dist, "destroy_process_group", destroy)
-    code = launch.main(Config, PRESETS, mock.Mock(side_effect=error))
-    assert code == (1 if error else 0)
-    assert destroy.called is not bool(error)
-    assert ("other weights" in capsys.readouterr().err) is bool(error)
-
-
 def test_there_are_at_most_56_flags(help_text):
     flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Config)}
     assert len(flags) <= 56
@@ -207,3 +193,20 @@ def test_broken_torchvision_is_masked(tmp_path):
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.stdout.strip() == "None", result.stderr
+
+
+# ---- the end of a failed run ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [None, RunError("the sampler holds other weights")])
+def test_a_failure_leaves_the_process_group_to_vllm(error, monkeypatch, capsys):
+    """vLLM destroys its groups when the process exits, and fails if they are gone."""
+    destroy = mock.Mock()
+    monkeypatch.setattr(launch, "parse_config", lambda *args: None)
+    monkeypatch.setattr(launch, "connect", lambda cfg: None)
+    monkeypatch.setattr(launch.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(launch.dist, "destroy_process_group", destroy)
+    code = launch.main(Config, PRESETS, mock.Mock(side_effect=error))
+    assert code == (1 if error else 0)
+    assert destroy.called is not bool(error)
+    assert ("other weights" in capsys.readouterr().err) is bool(error)
