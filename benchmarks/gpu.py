@@ -12,6 +12,7 @@ sequences of 4,096 tokens and activation checkpointing. Each row adds one of --c
     flash            FlashAttention 4
     logits           the passes over a chunk of logits are compiled
     chunks           a 128th of the memory for a chunk
+    last             the last linear layer of a block is not recomputed
 
 The last rows vary the size of the micro-batch and the checkpointing. The kernels of the last change
 are listed by their time. The first update of each row compiles and does not count.
@@ -46,7 +47,7 @@ from support.clock import clock
 from support.samplers import Sampling
 
 TOKENS = 4096  # of a sequence
-Change = Literal["blocks", "kept", "flash", "logits", "chunks"]
+Change = Literal["blocks", "kept", "flash", "logits", "chunks", "last"]
 CHANGES = get_args(Change)
 USUAL = 32_768  # tokens of a micro-batch
 
@@ -91,6 +92,7 @@ def only(changes: tuple[str, ...]):
             lambda *args, **kwargs: linear_logprobs(*args, **(kwargs | {"compiled": False})),
         ),
         "chunks": mock.patch.object(lite_ppo, "logits_at_a_time", lambda device: 2**26),
+        "last": mock.patch.object(packed, "separate_last_product", lambda block: None),
     }
     with contextlib.ExitStack() as stack:
         for name, patch in old.items():

@@ -84,6 +84,18 @@ def checkpoint_blocks(model) -> None:
     contexts = functools.partial(create_selective_checkpoint_contexts, operators)
     options = dict(use_reentrant=False, context_fn=contexts)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    for block in blocks(model):
+        separate_last_product(block)
+
+
+def separate_last_product(block: torch.nn.Module) -> None:
+    """Keep the last linear layer of a block, if it has one, out of its compiled pieces.
+
+    The backward pass needs the input of this layer, but not its output. The recomputation stops as
+    soon as it has all that is needed, but it cannot stop inside a compiled piece.
+    """
+    for layer in [m for m in block.modules() if isinstance(m, torch.nn.Linear)][-1:]:
+        layer.forward = torch.compiler.disable(layer.forward)
 
 
 def compile_blocks(model) -> None:

@@ -1,5 +1,6 @@
 """Architectures: each class is either right or refused by name, before its weights are read."""
 
+import collections
 import functools
 import sys
 from types import SimpleNamespace
@@ -218,13 +219,38 @@ def test_tiny_copy_has_a_whole_period_of_layers():
 # ---- compiled blocks -----------------------------------------------------------------------------
 
 
+def count_layers(monkeypatch) -> collections.Counter:
+    """How often each linear layer of the blocks has run, by its name, from now on."""
+    counts = collections.Counter()
+    checkpoint_blocks = packed.checkpoint_blocks
+
+    def checkpoint_and_count(model):
+        checkpoint_blocks(model)
+        for block in packed.blocks(model):
+            for name, layer in block.named_modules():
+                if isinstance(layer, torch.nn.Linear):
+                    layer.register_forward_hook(lambda *_, name=name: counts.update([name]))
+
+    monkeypatch.setattr(packed, "checkpoint_blocks", checkpoint_and_count)
+    return counts
+
+
 def test_compiled_blocks_have_the_same_gradient(root, monkeypatch):
-    """Traced and differentiated as for a GPU. Code for CPUs would take two minutes to compile."""
+    """Traced and differentiated as for a GPU. Code for CPUs would take two minutes to compile.
+
+    The recomputation stops before the last linear layer of a block, compiled or not.
+    """
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     clock.start(1)
-    found = test_update.run_update("token", root, micro_batch_tokens=24, compile="on")
-    assert test_update.difference(found, test_update.expected("token", root)) <= 1e-5
+    counts = {}
+    for mode in ("off", "on"):
+        with monkeypatch.context() as patch:
+            counts[mode] = count_layers(patch)
+            found = test_update.run_update("token", root, micro_batch_tokens=24, compile=mode)
+        assert test_update.difference(found, test_update.expected("token", root)) <= 1e-5
     assert 0.1 < clock.seconds["compile"] < clock.seconds["update"] + clock.seconds["logprobs"]
+    assert counts["on"] == counts["off"]
+    assert 0 < counts["on"]["mlp.down_proj"] < counts["on"]["mlp.up_proj"]
 
 
 # ---- packed attention ----------------------------------------------------------------------------
