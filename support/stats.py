@@ -34,6 +34,7 @@ def pass_at_k(num_samples, num_correct, k):
         )
     if k % 1 != 0 or k < 1 or (n < k).any():
         raise ValueError(f"k must be whole and in [1, num_samples={num_samples}], got {k}")
+    n, c = n + torch.zeros_like(c), c + torch.zeros_like(n)  # one shape, on one device
     n, c = n.unsqueeze(-1), c.unsqueeze(-1)
     j = torch.arange(k, device=n.device)
     # One factor is 0 if fewer than k samples are wrong.
@@ -61,10 +62,11 @@ def bootstrap_interval(values, level=0.95, draws=1000, seed=0):
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
     values = values.to(torch.promote_types(values.dtype, torch.float32))
-    picks = torch.randint(
-        len(values), (draws, len(values)), generator=torch.Generator().manual_seed(seed)
-    )
+    generator = torch.Generator().manual_seed(seed)
+    shape = (draws, len(values))
+    picks = torch.randint(len(values), shape, generator=generator, device=generator.device)
     means = values[picks.to(values.device)].mean(1)
+    means = means.clamp(values.min(), values.max())  # the mean of eight times 0.1 is not 0.1
     return torch.quantile(means, (1 - level) / 2), torch.quantile(means, (1 + level) / 2)
 
 

@@ -59,12 +59,15 @@ def check_bootstrap_interval(bootstrap_interval):
     close(high, 1.0)
     low, high = bootstrap_interval(values, draws=1)  # one mean is both ends
     assert low == high
+    with torch.device("meta"):  # torch's default device changes nothing
+        assert bootstrap_interval(values, draws=1) == (low, high)
     low, high = bootstrap_interval(T(0, 1), level=0.4, draws=4000)
     close(low, 0.5)
     close(high, 0.5)
-    for count in (1, 7):
-        ends = bootstrap_interval(torch.full((count,), 0.25))
-        assert [end.item() for end in ends] == [0.25, 0.25]
+    for count in (1, 7, 8):  # in float32, the mean of eight times 0.1 is not 0.1
+        for value in torch.tensor([0.25, 0.1, -0.1]):
+            ends = bootstrap_interval(value.expand(count))
+            assert [end.item() for end in ends] == [value.item()] * 2
     # binomial(20, 1/20): P(at most 2) = 0.925, P(at most 3) = 0.984
     low, high = bootstrap_interval(T(*[0] * 19, 1))
     assert low == 0
@@ -203,6 +206,16 @@ def test_is_looping_equals_a_loop(ids, max_period, min_repeats, min_tokens):
 
 # ---- what holds for every function ---------------------------------------------------------------
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_numbers_may_stand_beside_tensors_of_any_device(device):
+    correct = torch.tensor([1, 2], device=device)
+    close(pass_at_k(4, correct, 2).cpu(), [0.5, 5 / 6])
+    close(pass_at_k(correct + 3, 1, 2).cpu(), [0.5, 0.4])
+
+
 ARGUMENTS = {
     "pass_at_k": (torch.tensor([4.0, 5.0]), torch.tensor([1.0, 2.0]), 2),
     "bootstrap_interval": (torch.linspace(-3, 0, 6), 0.9, 50),
@@ -278,8 +291,8 @@ bootstrap_interval: quantiles of the values instead of the means
 + values
 
 bootstrap_interval: torch's generator seeded anew
-- generator=torch.Generator().manual_seed(seed)
-+ generator=torch.manual_seed(seed)
+- torch.Generator().manual_seed(seed)
++ torch.manual_seed(seed)
 
 bootstrap_interval: always the same seed
 - manual_seed(seed)
