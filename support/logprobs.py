@@ -19,7 +19,7 @@ def linear_logprobs(
     hidden: [T, D], weight: [V, D] (the output embedding), token_ids: [T], bias: [V] or None
     -> (logprobs [T], entropy [T]), nats, differentiable once in hidden, weight and bias. T = 0
     works. Half precision: products are accumulated and kept in float32. Gradients return in the
-    dtypes of the inputs.
+    dtypes of the inputs. Logits must be finite: with a bias of -inf the entropy is NaN.
     ValueError: wrong rank, mismatched shapes, temperature <= 0, chunk < 1.
     """
     if (
@@ -55,7 +55,7 @@ def linear_logprobs(
     def add_product(total, a, b):
         if b.dtype == dtype:
             total.addmm_(a, b)  # no second [V, D]
-        elif b.is_cuda:
+        elif b.is_cuda and a.dtype == b.dtype:
             torch.addmm(total, a, b, out_dtype=dtype, out=total)
         else:
             total.add_(product(a, b))

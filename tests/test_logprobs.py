@@ -308,6 +308,51 @@ def test_arguments_are_not_written_to():
     check_purity(linear_logprobs, (hidden.detach(), weight.detach(), ids, 0.9, 7, bias))
 
 
+def mm_of_a_gpu(a, b, out_dtype=None):
+    assert a.dtype == b.dtype
+    assert out_dtype is None or a.dtype in (FP16, BF16)
+    return (a.double() @ b.double()).to(out_dtype or a.dtype)
+
+
+def addmm_of_a_gpu(total, a, b, out_dtype, out):
+    assert total is out and total.dtype == out_dtype
+    return out.add_(mm_of_a_gpu(a, b, out_dtype))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Tensors claim to be on a GPU, and matrix products take the dtypes that they take there."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch, "mm", mm_of_a_gpu)
+    monkeypatch.setattr(torch, "addmm", addmm_of_a_gpu)
+
+
+@pytest.mark.parametrize("of_weight", DTYPES)
+@pytest.mark.parametrize("of_hidden", DTYPES)
+def test_code_for_gpus_takes_every_pair_of_dtypes(of_hidden, of_weight, as_on_a_gpu):
+    hidden, weight, ids = (x.detach() for x in example())
+    inputs = (hidden.to(of_hidden), weight.to(of_weight), torch.linspace(-1, 1, 9).bfloat16())
+
+    def total(function, h, w, b):
+        logprobs, entropy = function(h, w, ids, 0.7, bias=b)
+        return logprobs + 2 * entropy
+
+    exact = [x.double() for x in inputs]
+    close(total(linear_logprobs, *inputs), total(plain, *exact), 1e-5)
+    found = grad(lambda *x: total(linear_logprobs, *x), *inputs)
+    expected = grad(lambda *x: total(plain, *x), *exact)
+    for x, a, b in zip(inputs, found, expected):
+        assert a.dtype == x.dtype
+        close(a, b, 2e-2)  # the gradient by the logits is in half precision
+
+
+def test_nearly_certain_token_keeps_its_gradient_in_half_precision(as_on_a_gpu):
+    """1 - p = 1 / (1 + e^8) = 3.3535e-4. In bfloat16 p itself is 1."""
+    hidden, weight = T([1], dtype=BF16), T([8], [0], dtype=BF16)
+    (found,) = grad(lambda w: linear_logprobs(hidden, w, torch.tensor([0]))[0], weight)
+    close(1e4 * found, [[3.3535], [-3.3535]], 4e-3)
+
+
 # ---- memory --------------------------------------------------------------------------------------
 
 
