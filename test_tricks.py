@@ -109,6 +109,7 @@ def check_normalize_advantages(normalize_advantages):
     close(normalize_advantages(T([0, 2]), eps=0), [[-(0.5**0.5), 0.5**0.5]], 1e-12)
     # rewards that differ, however little, are not equal
     close(normalize_advantages(T([1, 1 + 1e-12]), eps=0), [[-(0.5**0.5), 0.5**0.5]], 1e-3)
+    assert normalize_advantages(T([1, NAN, 0])).isnan().all()  # it shows
     assert normalize_advantages(torch.zeros(0, 4), std="group").shape == (0, 4)
     for mean in ("none", "group", "batch"):
         for std in ("group", "batch"):
@@ -136,6 +137,7 @@ def check_leave_one_out_advantages(leave_one_out_advantages):
     close(leave_one_out_advantages(REWARDS), expected)
     assert not leave_one_out_advantages(torch.full((1, 8), 0.1)).any()
     close(leave_one_out_advantages(T([3, 1])), [[2, -2]])
+    assert leave_one_out_advantages(T([NAN, NAN])).isnan().all()
     close(1e12 * leave_one_out_advantages(T([1 + 1e-12, 1])), [[1, -1]], 1e-3)
 
 
@@ -282,6 +284,7 @@ def check_truncated_importance_weights(truncated_importance_weights):
     assert not weights.requires_grad
     close(truncated_importance_weights(T(5, LOG2 / 2), T(0, 0)), [2, 2**0.5])
     close(truncated_importance_weights(T(5), T(0), cap=0.5), [0.5])
+    close(truncated_importance_weights(T(-100), T(0)).log(), [-100])
     close(truncated_importance_weights(NEAR_0, MINUS_1, cap=3), [RATIO])
 
 

@@ -24,7 +24,7 @@ from support.clock import clock
 from support.data import Problem
 from support.logs import Log, read_jsonl
 from support.response import Response
-from support.samplers import Sample
+from support.samplers import Sample, Sampling
 from tests.world import ENGINE, HERE, WORLD, command_line, config, load_model, read
 
 # ---- the script, run by the helpers fixture ------------------------------------------------------
@@ -501,13 +501,15 @@ class NoRun:
 
 
 class OneSample:
-    """A sampler whose responses are all the same; it collects the seeds."""
+    """A sampler whose responses are all the same; it collects the seeds and the settings."""
 
     def __init__(self):
         self.seeds = []
+        self.settings = []
 
     def generate(self, prompts, seeds, sampling) -> list[list[Sample]]:
         self.seeds += seeds
+        self.settings.append(sampling)
         sample = Sample(np.array([5, 1]), np.zeros(2), False)
         return [[sample] * sampling.n for _ in prompts]
 
@@ -530,7 +532,7 @@ PROBLEMS = [Problem({}, [3, i, 4]) for i in range(20)]
 
 def rollout_scores(*calls, cursor=0, **changes) -> tuple[list[float], int]:
     """The scores that rollout() keeps of two groups of two, and its new cursor."""
-    cfg = config(Path(), prompts_per_step=2, group_size=2, **changes)
+    cfg = config(Path(), **dict(prompts_per_step=2, group_size=2) | changes)
     sampler = OneSample()
     actor = Actor(sampler, toy.make_tokenizer(), GivenScores(calls))
     responses, _, cursor = lite_ppo.rollout(actor, PROBLEMS, cursor, cfg)
@@ -559,6 +561,80 @@ def test_dynamic_sampling_replaces_groups_without_signal(calls, kept, cursor, lo
     monkeypatch.setattr(lite_ppo, "DYNAMIC_ROUNDS", 3)
     found = rollout_scores(*calls, dynamic_sampling=True, reward_low=low)
     assert found == (kept, cursor)
+
+
+def test_a_group_has_the_responses_to_one_prompt():
+    """Two prompts, three responses each."""
+    calls = [[1, 1, 1, 0, 1, 0], [0, 0, 0, 1, 0, 0]]
+    found = rollout_scores(*calls, dynamic_sampling=True, group_size=3)
+    assert found == ([0, 1, 0, 1, 0, 0], 4)
+    responses = [scored(score, 1) for score in found[0]]
+    rewards = lite_ppo.shape_rewards(responses, config(Path(), group_size=3))
+    assert rewards.tolist() == [[0, 1, 0], [1, 0, 0]]
+
+
+def samplers_of(cfg: Config, cursor: int) -> OneSample:
+    """A sampler after a rollout from this place in the stream of prompts."""
+    sampler = OneSample()
+    scores = [0.0] * cfg.prompts_per_step * cfg.group_size
+    actor = Actor(sampler, toy.make_tokenizer(), GivenScores([scores]))
+    lite_ppo.rollout(actor, PROBLEMS, cursor, cfg)
+    return sampler
+
+
+def test_seeds_of_a_rollout_follow_from_the_seed_and_the_place_in_the_stream():
+    cfg = config(Path())
+    seeds = samplers_of(cfg, 0).seeds
+    assert len(set(seeds)) == 4
+    assert samplers_of(cfg, 0).seeds == seeds
+    assert samplers_of(cfg, 2).seeds[:2] == seeds[2:]  # so a resumed run needs no generator
+    assert not set(samplers_of(cfg, 4).seeds) & set(seeds)
+    assert not set(samplers_of(config(Path(), seed=1), 0).seeds) & set(seeds)
+
+
+def test_rollout_samples_with_its_flags_and_evaluation_with_its_own():
+    sampled = dict(temperature=0.7, top_p=0.9, top_k=5)
+    cfg = config(Path(), **sampled, eval_samples=3, eval_temperature=0.4)
+    (found,) = samplers_of(cfg, 0).settings
+    assert found == Sampling(4, 12, 0.7, 0.9, 5)
+    sampler = OneSample()
+    actor = Actor(sampler, toy.make_tokenizer(), GivenScores([[0.0] * 6, [0.0] * 6] * 2))
+    for _ in range(2):
+        lite_ppo.evaluate(actor, {"a": PROBLEMS[:2], "b": PROBLEMS[:2]}, cfg, NoRun())
+    assert sampler.settings == [Sampling(3, 12, 0.4)] * 4
+    assert sampler.seeds[:4] == sampler.seeds[4:]  # equal in every evaluation
+    assert len(set(sampler.seeds)) == 4
+
+
+ADVANTAGES = {  # mean and std: advantage of the first of [1, 1, 0], [0, 0, 0]
+    ("group", "batch"): 0.645497,  # 1/3 over sqrt(4/15)
+    ("group", "group"): 0.577350,  # 1/3 over sqrt(1/3)
+    ("group", "none"): 1 / 3,
+    ("batch", "batch"): 1.290994,
+    ("batch", "group"): 1.154701,
+    ("batch", "none"): 2 / 3,
+    ("none", "batch"): 1.936492,
+    ("none", "group"): 1.732051,
+    ("none", "none"): 1.0,
+    ("leave_one_out", "none"): 0.5,
+}
+
+
+@pytest.mark.parametrize("mean,std", ADVANTAGES)
+def test_advantages_follow_the_flags(mean, std):
+    cfg = Config(advantage_mean=mean, advantage_std=std)
+    found = lite_ppo.compute_advantages(torch.tensor([[1.0, 1, 0], [0, 0, 0]]), cfg)
+    assert found[0, 0].item() == pytest.approx(ADVANTAGES[mean, std], rel=1e-5)
+
+
+def test_presets_have_the_advantages_of_their_papers():
+    rewards = torch.tensor([[1.0, 1, 0], [0, 0, 0]])
+    found = {}
+    for preset, flags in PRESETS.items():
+        found[preset] = lite_ppo.compute_advantages(rewards, Config(**flags))[0, 0].item()
+    expected = dict.fromkeys(("lite_ppo", "paper"), 0.645497) | dict(reinforce=1.0)
+    expected |= dict.fromkeys(("grpo", "dapo"), 0.577350) | dict(dr_grpo=1 / 3, rloo=0.5)
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def scored(score: float, length: int) -> Response:

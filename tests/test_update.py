@@ -53,6 +53,7 @@ CASES = {  # settings that differ from those of config()
     "fewer responses than ranks": dict(minibatches=1),
     "a rank with nothing to train": dict(minibatches=1, overlong_filter=True),
     "nothing to train": dict(minibatches=1, overlong_filter=True),
+    "a copy of the model per rank": dict(shard_ranks=1),
     "every option": dict(
         minibatches=3, temperature=0.7, clip_high=0.28, dual_clip=1.3, kl_coef=0.3, tis_cap=1.2
     ),
@@ -254,7 +255,13 @@ class Formulas:
 
     def metrics(self) -> dict[str, float]:
         means = {f"policy/{name}": total / self.tokens for name, total in self.sums.items()}
-        return means | {"policy/loss": np.mean(self.losses), "policy/skipped": 0}
+        norms = [norm(gradient.values()) for gradient in self.gradients]
+        totals = {
+            "policy/loss": np.mean(self.losses),
+            "policy/grad_norm": np.mean(norms),
+            "policy/skipped": 0,
+        }
+        return means | totals
 
 
 @functools.cache
@@ -478,7 +485,12 @@ def test_micro_batch_holds_every_response_token_and_no_padding():
     assert list(zip(batch.response_index.tolist(), batch.targets.tolist())) == tokens
     assert batch.advantages.tolist() == batch.response_index.tolist()
     assert batch.weights.tolist() == [10 * i for i in batch.response_index.tolist()]
-    assert len(batch.token_ids) == sum(PROMPT_LENGTHS[i] + LENGTHS[i] - 1 for i in ORDER)
+    lengths = [PROMPT_LENGTHS[i] + LENGTHS[i] - 1 for i in ORDER]
+    assert batch.lengths == lengths
+    assert batch.token_ids.shape == (sum(lengths),)
+    assert batch.position_ids.tolist() == [t for length in lengths for t in range(length)]
+    assert batch.cu_seqlens.tolist() == [0, *itertools.accumulate(lengths)]
+    assert batch.cu_seqlens.dtype == torch.int32
 
 
 @torch.no_grad()
@@ -512,6 +524,14 @@ def test_packed_sequence_does_not_see_the_other_prompts(root):
     assert (after[own] - before[own]).abs().max() > 0.01
 
 
+def test_prompts_count_in_the_budget_of_a_micro_batch():
+    cfg = config(Path(), micro_batch_tokens=20)
+    minibatches = lite_ppo.make_minibatches(make_responses(), torch.zeros(9), STEP, cfg)
+    batches = [batch for micro_batches in minibatches for batch in micro_batches]
+    assert len(batches) > 2
+    assert all(len(batch.token_ids) <= 20 for batch in batches)
+
+
 @given(
     lengths=st.lists(st.integers(1, 50), min_size=1, max_size=30),
     budget=st.integers(1, 80),
@@ -537,3 +557,66 @@ def test_sequence_longer_than_the_budget_is_alone():
     assert packing.plan_micro_batches([18, 12, 12, 6], 16, 1) == [[[0], [1], [2], [3]]]
     assert packing.plan_micro_batches([160, 1, 1, 1], 16, 1) == [[[0], [1, 2, 3]]]
     assert packing.plan_micro_batches([8, 8, 8, 8], 16, 2) == [[[0, 2]], [[1, 3]]]
+
+
+def test_ranks_have_micro_batches_of_similar_size_at_the_same_time():
+    """The longest first, and from rank to rank: they wait for each other in each layer."""
+    plan = packing.plan_micro_batches([1, 1, 10, 9], 10, 2)
+    assert plan == [[[2], [0]], [[3], [1]]]
+
+
+# ---- old log-probs, reference log-probs, dummies -------------------------------------------------
+
+
+class Constant:
+    """A model whose log-probs all have one value; it collects the temperatures."""
+
+    def __init__(self, value: float):
+        self.value = value
+        self.temperatures = []
+
+    def response_logprobs(self, batch: MicroBatch, temperature: float):
+        self.temperatures.append(temperature)
+        logprobs = torch.full(batch.targets.shape, self.value)
+        return logprobs, logprobs
+
+
+def test_old_log_probs_are_the_policys_and_the_others_those_of_the_reference():
+    """The first mini-batch gets its old log-probs in the update."""
+    cfg = config(Path(), minibatches=3, kl_coef=0.1, temperature=0.7)
+    minibatches = lite_ppo.make_minibatches(make_responses(), torch.zeros(9), STEP, cfg)
+    policy, reference = Constant(-1.0), Constant(-2.0)
+    lite_ppo.add_logprobs(policy, reference, minibatches, cfg)
+    assert set(policy.temperatures + reference.temperatures) == {0.7}
+    for m, batches in enumerate(minibatches):
+        for batch in batches:
+            assert (batch.old_logprobs is None) == (m == 0)
+            assert m == 0 or (batch.old_logprobs == -1).all()
+            assert (batch.ref_logprobs == -2).all()
+
+
+def metrics_of(indices: list[list[int]], cfg: Config) -> tuple[dict[str, float], list[str]]:
+    """Metrics of micro-batches with these responses, and the failures. Every number is made up."""
+    responses = make_responses()
+    advantages = torch.nn.functional.pad(torch.tensor(ADVANTAGES), (0, 1))
+    stats = metrics.UpdateStats(cfg, VOCABULARY)
+    stats.norms.append(torch.tensor(1.0))
+    batches = [make_micro_batch(responses, i, advantages, advantages.abs(), CPU) for i in indices]
+    for batch in batches:
+        logprobs = torch.linspace(-3, -1, len(batch.targets))
+        batch.old_logprobs = logprobs.flip(0)
+        batch.ref_logprobs = logprobs - 0.5
+        losses = logprobs.masked_fill(batch.response_index == -1, math.nan)
+        loss = torch.where(batch.weights > 0, batch.weights * losses, 0).sum()
+        stats.add(batch, logprobs, -logprobs, losses, loss)
+    found = stats.reduce(responses) | metrics.check_gap(batches, cfg)
+    return found, [response.failure for response in responses]
+
+
+def test_dummy_counts_in_no_metric():
+    cfg = config(Path(), dual_clip=1.3, kl_coef=0.1, max_logprob_gap=1e9)
+    found, failures = metrics_of([[0, 1], [2, 3, 4], []], cfg)
+    expected, _ = metrics_of([[0, 1], [2, 3, 4]], cfg)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert found["policy/clip_dual"] > 0
+    assert failures == [""] * 9
