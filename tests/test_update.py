@@ -360,6 +360,7 @@ def test_gradient_that_is_not_finite_is_skipped(root, monkeypatch):
     found = run_update("token", root)
     assert found.gradients == []  # no optimizer step
     assert found.metrics["policy/skipped"] == 2
+    assert not math.isfinite(found.metrics["policy/grad_norm"])
 
 
 # ---- named mutants -------------------------------------------------------------------------------
