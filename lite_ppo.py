@@ -103,7 +103,7 @@ class Tricks:
     tis_cap: float = 0.0  # truncated importance sampling, trainer over sampler; 0: off
     overlong_filter: bool = False  # truncated responses weigh 0; their rewards stay in mean and std
     overlong_buffer: float = 0.0  # soft penalty over this last share of max_new_tokens; DAPO: 0.2
-    dynamic_sampling: bool = False  # replace groups that are all right or all wrong (DAPO)
+    dynamic_sampling: bool = False  # replace groups whose scores are all equal (DAPO)
 
 
 @dataclass
@@ -315,8 +315,8 @@ def nth_problem(position: int, seed: int, size: int) -> int:
 def rollout(actor, train_set, cursor: int, cfg: Config) -> tuple[list, list, int]:
     """N * K responses, group by group; dropped ones; the next position in the prompt stream.
 
-    With dynamic sampling, more prompts are tried until N groups have both right and wrong
-    responses, for at most DYNAMIC_ROUNDS rounds. Uninformative groups fill the remaining places.
+    With dynamic sampling, more prompts are tried until N groups have scores that are not all equal,
+    for at most DYNAMIC_ROUNDS rounds. Uninformative groups fill the remaining places.
     """
     N = cfg.prompts_per_step
     K = cfg.group_size

@@ -918,6 +918,8 @@ ERRORS = [  # function, arguments, what the message says
     ("scale_reward", (x2, 1, 1), "low=1.*high=1"),
     ("scale_reward", (x2, 2, 1), "low=2"),
     ("scale_reward", (x2, NAN, 1), "low=nan"),
+    ("scale_reward", (x2, -INF, 1), "low=-inf"),
+    ("scale_reward", (x2, 0, INF), "high=inf"),
     ("soft_overlong_penalty", (x2, 10, 0), "buffer.*got 0"),
     ("soft_overlong_penalty", (x2, 10, 11), "buffer.*max_length=10.*got 11"),
     ("informative_groups", (x2,), "rewards.*(2,)"),
