@@ -321,11 +321,12 @@ def rollout(actor, train_set, cursor: int, cfg: Config) -> tuple[list, list, int
     N = cfg.prompts_per_step
     K = cfg.group_size
     sampling = Sampling(K, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
+    size = len(train_set.problems)
     kept = []  # groups of K responses
     spare = []
     for _ in range(DYNAMIC_ROUNDS if cfg.dynamic_sampling else 1):
         positions = range(cursor, cursor + N)
-        problems = [train_set[nth_problem(i, cfg.seed, len(train_set))] for i in positions]
+        problems = [train_set.problems[nth_problem(i, cfg.seed, size)] for i in positions]
         seeds = [seed_for(cfg.seed, "sample", i) for i in positions]
         responses = actor.sample(problems, seeds, sampling)
         cursor += N
@@ -457,7 +458,7 @@ def evaluate(actor, eval_sets, cfg: Config, run: Run) -> dict[str, float]:
     The seeds are the same in every evaluation, so that differences come from the model.
     """
     metrics = {}
-    for name, problems in eval_sets.items():
+    for name, (problems, _) in eval_sets.items():
         seeds = [seed_for(cfg.seed, "eval", name, i) for i in range(len(problems))]
         sampling = Sampling(cfg.eval_samples, cfg.max_new_tokens, cfg.eval_temperature)
         responses = actor.sample(problems, seeds, sampling)
@@ -475,18 +476,17 @@ def train(cfg: Config) -> dict[str, float]:
     device, dtype = compute_device(), compute_dtype(cfg.dtype)
     path = models.resolve_model(cfg.model)
     tokenizer, eos_ids = models.load_tokenizer(path, cfg.max_prompt_tokens + cfg.max_new_tokens)
-    train_set, eval_sets, left_out = load_sets(tokenizer, cfg)
+    train_set, eval_sets = load_sets(tokenizer, cfg)
 
     with Run(cfg, path, tokenizer, train_set, eval_sets) as run:  # folder, logs, checkpoints
-        run.print_banner(train_set, left_out)
+        run.print_banner()
         grader = run.close_at_end(Grader(cfg, clock.alive))
         # The sampler comes before the policy: vLLM measures the GPU's free memory when it starts.
         sampler = samplers.make(run.sampler, cfg, path, eos_ids, device, dtype)
         actor = Actor(sampler, tokenizer, grader)
         policy = build_policy(cfg, path, device)
         reference = build_policy(cfg, path, device, trainable=False) if cfg.kl_coef else None
-        weights = policy.parameters()
-        optimizer = torch.optim.AdamW(weights, cfg.lr, weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, weight_decay=0.0, fused=True)
         run.restore(policy, optimizer, sampler)
         sync_weights(sampler, policy, dtype)
         metrics = {}  # a finished run has no steps left

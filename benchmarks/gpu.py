@@ -231,7 +231,7 @@ def compare_rollouts(args: Args, bench, cfg) -> Iterator[dict]:
     A round times every form once; the order of the forms alternates. Ratios are medians over the
     rounds.
     """
-    problems = [bench.train_set[i] for i in range(cfg.prompts_per_step)]
+    problems = [bench.train_set.problems[i] for i in range(cfg.prompts_per_step)]
     forms = rollout_forms(bench, cfg, problems)
     llm = bench.sampler.llm
     config = llm.llm_engine.vllm_config

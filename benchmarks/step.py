@@ -130,7 +130,7 @@ class Bench:
         if sampler:
             room = cfg.max_prompt_tokens + cfg.max_new_tokens
             self.tokenizer, eos_ids = load_tokenizer(folder, room)
-            self.train_set, _, _ = load_sets(self.tokenizer, cfg)
+            self.train_set, _ = load_sets(self.tokenizer, cfg)
             self.grader = Grader(cfg)
             self.sampler = samplers.make(sampler, cfg, folder, eos_ids, self.device, self.dtype)
         self.policy = lite_ppo.build_policy(cfg, folder, self.device)

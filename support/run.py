@@ -21,7 +21,7 @@ from support.checkpoints import (
     open_folder,
 )
 from support.clock import clock
-from support.data import TRAINING, Problem, problems_id
+from support.data import ProblemSet, problems_id
 from support.errors import RunError, Stopped, UserError
 from support.logs import Log, read_jsonl, sample_text
 from support.metrics import NOT_FINITE, rollout_metrics, speed_metrics
@@ -41,14 +41,22 @@ class Run:
     checkpoint of the last whole step: the step in progress has not touched the weights.
     """
 
-    def __init__(self, cfg, path: str, tokenizer, train_set: list[Problem], eval_sets: dict):
+    def __init__(
+        self,
+        cfg,
+        path: str,
+        tokenizer,
+        train_set: ProblemSet,
+        eval_sets: dict[str, ProblemSet],
+    ):
         self.cfg = cfg
         self.path = path
         self.tokenizer = tokenizer
+        self.train_set = train_set
         self.eval_sets = eval_sets
         self.template = Template(tokenizer, cfg)
         self.began = time.time()
-        self.check_ids(train_set)
+        self.check_ids()
         self.main = dist.get_rank() == 0
         self.skipped_in_a_row = 0
         self.bar = None
@@ -58,7 +66,7 @@ class Run:
         if self.sampler == "vllm":
             samplers.check_temperatures(cfg)
         self.identity = {
-            "training problems": problems_id(train_set),
+            "training problems": problems_id(train_set.problems),
             "sampler in use": self.sampler,
             "dtype in use": str(compute_dtype(cfg.dtype)),
             "reward file": reward_id(cfg.reward),
@@ -96,18 +104,19 @@ class Run:
 
     # ---- start -----------------------------------------------------------------------------------
 
-    def check_ids(self, train_set: list[Problem]) -> None:
+    def check_ids(self) -> None:
         """UserError if a prompt has a token for which the embedding has no row."""
         from transformers import AutoConfig
 
-        problems = itertools.chain(train_set, *self.eval_sets.values())
+        sets = [self.train_set, *self.eval_sets.values()]
+        problems = itertools.chain.from_iterable(part.problems for part in sets)
         largest = (max(problem.prompt_ids, default=0) for problem in problems)
         rows = AutoConfig.from_pretrained(self.path).vocab_size
         if problem := id_problem(self.tokenizer, largest, rows):
             raise UserError(f"--model {self.cfg.model}: {problem}")
 
-    def print_banner(self, train_set: list[Problem], left_out: dict[str, str]) -> None:
-        """What will run, and where its files go. left_out: see data.load_sets."""
+    def print_banner(self) -> None:
+        """What will run, and where its files go."""
         cfg = self.cfg
         ranks = dist.get_world_size()
         dtype = str(compute_dtype(cfg.dtype)).removeprefix("torch.")
@@ -115,7 +124,7 @@ class Run:
         device = compute_device().type.replace("cuda", "GPU").replace("cpu", "CPU")
         lines = [
             f"model      {cfg.model}, {count_parameters(self.path):,} parameters",
-            f"data       {self.describe_data(train_set, left_out)}",
+            f"data       {self.describe_data()}",
             f"training   {cfg.steps} steps of {cfg.prompts_per_step} prompts x {cfg.group_size} "
             f"responses = {responses}, {cfg.minibatches} optimizer step(s) each",
             f"machine    {ranks} {'process' if ranks == 1 else 'processes'}, {device}, {dtype}",
@@ -123,22 +132,25 @@ class Run:
             f"output     {self.folder}",
         ]
         self.print("\n".join(lines))
-        self.print_warnings(train_set)
+        self.print_warnings()
 
-    def describe_data(self, train_set: list[Problem], left_out: dict[str, str]) -> str:
+    def describe_data(self) -> str:
         """The sizes of the training and evaluation sets, and the rows that are left out."""
-        notes = {name: f"; {text} left out" if text else "" for name, text in left_out.items()}
-        held_out = [f"{name} ({len(set)}{notes[name]})" for name, set in self.eval_sets.items()]
-        note = f" ({left_out[TRAINING]} left out)" if left_out[TRAINING] else ""
-        return (
-            f"{len(train_set):,} training problems{note}; held out: {', '.join(held_out) or 'none'}"
-        )
+        text = f"{len(self.train_set.problems):,} training problems"
+        if left_out := self.train_set.describe_left_out():
+            text += f" ({left_out} left out)"
+        held_out = []
+        for name, eval_set in self.eval_sets.items():
+            left_out = eval_set.describe_left_out()
+            note = f"; {left_out} left out" if left_out else ""
+            held_out.append(f"{name} ({len(eval_set.problems)}{note})")
+        return f"{text}; held out: {', '.join(held_out) or 'none'}"
 
-    def print_warnings(self, train_set: list[Problem]) -> None:
+    def print_warnings(self) -> None:
         """What may differ from what the user expects."""
         cfg = self.cfg
-        sets = [train_set, *self.eval_sets.values()]
-        chats = [problem.chat for problems in sets for problem in problems[:CHECKED]]
+        sets = [self.train_set, *self.eval_sets.values()]
+        chats = [problem.chat for part in sets for problem in part.problems[:CHECKED]]
         for warning in template_warnings(self.template, chats):
             self.print(f"warning: {warning}")
         if cfg.top_p < 1 or cfg.top_k:
@@ -337,7 +349,7 @@ class Run:
     def print_summary(self) -> None:
         """The first and the last accuracy in the log, or the only one, and where the files are."""
         cfg = self.cfg
-        for name, problems in self.eval_sets.items():
+        for name, (problems, _) in self.eval_sets.items():
             _, values = self.log.points(f"eval/{name}/accuracy")
             ends = [values[0], values[-1]] if len(values) > 1 else values
             self.print(

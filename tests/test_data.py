@@ -965,11 +965,11 @@ def test_rows_left_out_are_counted_for_each_set(tmp_path, tokenizer, hub):
     once = write(tmp_path, lines(*ROWS), "once.jsonl")
     twice = write(tmp_path, lines(*ROWS, *ROWS), "twice.jsonl")
     cfg = settings(train_data=train, eval_data=(once, f"dev={twice}", "me/mine"))
-    _, eval_sets, left_out = data.load_sets(tokenizer, cfg)
-    sizes = {name: len(problems) for name, problems in eval_sets.items()}
+    train_set, eval_sets = data.load_sets(tokenizer, cfg)
+    sizes = {name: len(found.problems) for name, found in eval_sets.items()}
     assert sizes == dict(once=5, dev=5, mine=1)
-    assert left_out == {
-        data.TRAINING: "2 repeated, 1 too long",
+    assert train_set.describe_left_out() == "2 repeated, 1 too long"
+    assert {name: found.describe_left_out() for name, found in eval_sets.items()} == {
         "once": "",
         "dev": "5 repeated",
         "mine": "1 without a usable problem and answer, 1 repeated, 2 with contradicting answers",

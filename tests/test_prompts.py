@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from collections import Counter
 
 import pytest
 
@@ -204,8 +205,9 @@ def test_toy_run_warns_only_of_a_system_prompt_that_is_given(arguments, count, t
     cfg = launch.parse_config(Config, PRESETS, arguments)
     problem = data.Problem({}, [3], Template(tokenizer, cfg).complete([user("1+1")]))
     printed = Printed(cfg, tokenizer)
-    printed.eval_sets = {"toy": [problem]}
-    printed.print_warnings([problem])
+    printed.train_set = data.ProblemSet([problem], Counter())
+    printed.eval_sets = {"toy": printed.train_set}
+    printed.print_warnings()
     warnings = [text for text in printed.texts if "warning: the chat template" in text]
     assert len(warnings) == len(printed.texts) == count
 
@@ -234,8 +236,9 @@ def test_error_names_a_token_of_a_prompt_without_a_row(tokenizer, tmp_path):
     ids = tokenizer("1<new>").input_ids
     broken = Printed(Config(model="mine"), tokenizer)
     broken.path, broken.tokenizer = str(tmp_path), tokenizer
-    broken.eval_sets = {"dev": [data.Problem({}, ids)]}
+    broken.train_set = data.ProblemSet([data.Problem({}, [20])], Counter())
+    broken.eval_sets = {"dev": data.ProblemSet([data.Problem({}, ids)], Counter())}
     with pytest.raises(UserError, match="--model mine: .*'<new>' with id 21, .*21 rows"):
-        broken.check_ids([data.Problem({}, [3])])
+        broken.check_ids()
     broken.eval_sets = {}
-    broken.check_ids([data.Problem({}, [20])])
+    broken.check_ids()
