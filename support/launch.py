@@ -15,13 +15,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import tyro
 
-from support import guard
+from support import guard, toy
 from support.clock import Clock
 from support.errors import RunError, Stopped, UserError
 from support.guard import Signals
 from support.prompts import parse_template_kwargs
 from support.rewards import load_reward
-from support.util import compute_device, env, is_toy
+from support.util import compute_device, env
 
 # Defaults for a model of half a million parameters. They apply when --model is a toy.
 TOY_DEFAULTS: dict[str, Any] = dict(
@@ -52,7 +52,7 @@ def parse_config(Config: type, presets: dict[str, dict], args: list[str] | None 
     known, _ = early.parse_known_args(args)
     settings = presets.get(known.preset, {})
     asks_for_help = "-h" in args or "--help" in args  # help shows the defaults of real models
-    if is_toy(known.model or "") and not asks_for_help:
+    if toy.is_toy(known.model or "") and not asks_for_help:
         settings = TOY_DEFAULTS | settings
     cfg = parse_groups(Config, Config(**settings), args)
     check_config(cfg, env("WORLD_SIZE", 1))

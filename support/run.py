@@ -21,7 +21,7 @@ from support.checkpoints import (
     open_folder,
 )
 from support.clock import clock
-from support.data import ProblemSet, problems_id
+from support.data import Problem, ProblemSet
 from support.errors import RunError, Stopped, UserError
 from support.logs import Log, read_jsonl, sample_text
 from support.metrics import NOT_FINITE, rollout_metrics, speed_metrics
@@ -29,9 +29,15 @@ from support.models import architectures, count_parameters, save_model
 from support.prompts import CHECKED, Template, id_problem, template_warnings
 from support.response import Response
 from support.rewards import reward_id
-from support.util import compute_device, compute_dtype, gather
+from support.util import compute_device, compute_dtype, gather, seed_for
 
 MAX_SKIPPED = 3  # rollouts in a row with a skipped optimizer step end the run
+
+
+def problems_id(problems: list[Problem]) -> str:
+    """Number and checksum of the problems. A resumed run must have the same ones."""
+    content = [(problem.prompt_ids, problem.row["answer"]) for problem in problems]
+    return f"{len(problems)} problems, {seed_for(content):012x}"
 
 
 class Run:

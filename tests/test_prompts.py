@@ -92,7 +92,7 @@ def test_changed_arguments_make_other_problems(tokenizer, tmp_path):
     flags = [dict(), dict(chat_template_kwargs='{"enable_thinking": false}')]
     flags += [dict(problem_column="answer"), dict(answer_column="problem")]
     sets = [data.load_problems(path, tokenizer, Config(**f)).problems for f in flags]
-    assert len({data.problems_id(problems) for problems in sets}) == 4
+    assert len({run.problems_id(problems) for problems in sets}) == 4
 
 
 BAD_KWARGS = [  # --chat-template-kwargs, words of the message
