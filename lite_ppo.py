@@ -42,11 +42,11 @@ from support import launch, models, packed, samplers
 from support.actor import Actor
 from support.clock import clock
 from support.data import Problem, load_sets
+from support.grader import Grader
 from support.logprobs import linear_logprobs
 from support.metrics import UpdateStats, check_gap, eval_metrics
 from support.packing import concatenate, plan_micro_batches
 from support.response import Response
-from support.rewards import Grader
 from support.run import Run
 from support.samplers import Sampling
 from support.util import compute_device, compute_dtype, logits_at_a_time, permutation, seed_for

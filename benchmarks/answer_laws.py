@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.data import load_rows
+from support.grader import Grader
 from support.notation import as_word, tidy
-from support.rewards import Grader
 
 # ---- changes -------------------------------------------------------------------------------------
 

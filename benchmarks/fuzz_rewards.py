@@ -30,7 +30,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support.rewards import Grader
+from support.grader import Grader
 
 BATCH = 500  # answers per call of the grader
 

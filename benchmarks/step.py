@@ -36,9 +36,9 @@ from support import samplers
 from support.actor import Actor
 from support.clock import clock
 from support.data import load_sets
+from support.grader import Grader
 from support.metrics import PEAK_FLOPS, train_flops
 from support.models import load_tokenizer
-from support.rewards import Grader
 from support.util import compute_device, compute_dtype
 
 

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from support import guard
 from support.clock import clock
 from support.data import Problem
+from support.grader import Grader
 from support.metrics import check_failures
 from support.response import Response
-from support.rewards import Grader
 from support.samplers import Sampling
 from support.util import gather
 

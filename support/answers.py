@@ -8,7 +8,7 @@ two values are compared is ours, because math-verify compares with an absolute t
     a decimal and another number    must agree in six digits
     formulas                        must agree at points for their variables, to 40 digits
 
-Model text is never evaluated as code. A comparison may take long: see rewards.Grader.
+Model text is never evaluated as code. A comparison may take long: see grader.Grader.
 """
 
 import functools

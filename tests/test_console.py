@@ -181,7 +181,7 @@ def test_idle_openmp_threads_spin_less_unless_the_user_says_otherwise(given, exp
 
 
 def test_grading_server_stays_small():
-    code = "import support.rewards, sys; print('torch' in sys.modules)"
+    code = "import support.grading_server, sys; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout.strip() == "False"
 

@@ -17,13 +17,9 @@ from benchmarks import fuzz_rewards
 from support.answers import answer_comparison
 from support.data import load_rows
 from support.errors import UserError
+from support.grader import Grader
 from support.notation import last_boxed
-from support.rewards import (
-    Grader,
-    exact_reward,
-    load_reward,
-    math_reward,
-)
+from support.rewards import exact_reward, load_reward, math_reward
 from tests.world import ROOT
 
 ROWS = [{"problem": "", "answer": str(i)} for i in range(100)]
@@ -473,7 +469,7 @@ def test_signals_to_every_process_cost_no_score(trouble, make_grader, capfd):
 TRAINER = """
 import sys
 from types import SimpleNamespace
-from support.rewards import Grader
+from support.grader import Grader
 reward, response = sys.argv[1:]
 limits = dict(reward_timeout=600, reward_memory_gib=0)
 grader = Grader(SimpleNamespace(reward=reward, reward_workers=2, **limits))
