@@ -48,7 +48,7 @@ from support.metrics import UpdateStats, check_gap, eval_metrics
 from support.packing import concatenate, plan_micro_batches
 from support.response import Response
 from support.run import Run
-from support.samplers import Sampling
+from support.sampling import Sampling
 from support.util import compute_device, compute_dtype, logits_at_a_time, permutation, seed_for
 
 # ---- 1. config -----------------------------------------------------------------------------------
@@ -482,7 +482,7 @@ def train(cfg: Config) -> dict[str, float]:
         run.print_banner()
         grader = run.close_at_end(Grader(cfg, clock.alive))
         # The sampler comes before the policy: vLLM measures the GPU's free memory when it starts.
-        sampler = samplers.make(run.sampler, cfg, path, eos_ids, device, dtype)
+        sampler = samplers.make(run.sampler_name, cfg, path, eos_ids, device, dtype)
         actor = Actor(sampler, tokenizer, grader)
         policy = build_policy(cfg, path, device)
         reference = build_policy(cfg, path, device, trainable=False) if cfg.kl_coef else None

@@ -44,7 +44,7 @@ import lite_ppo
 from support import flash, models, packed, samplers
 from support.actor import Actor
 from support.clock import clock
-from support.samplers import Sampling
+from support.sampling import Sampling
 
 TOKENS = 4096  # of a sequence
 Change = Literal["blocks", "kept", "flash", "logits", "chunks", "last"]

@@ -22,6 +22,7 @@ import lite_ppo
 from support import launch, samplers
 from support.data import Problem
 from support.models import load_tokenizer
+from support.sampling import Sampling
 from support.util import compute_device, compute_dtype, seed_for
 
 SPECIAL = 5  # tokens at the start of the toy's vocabulary
@@ -88,7 +89,7 @@ class Trial:
 
     def rollout(self, problems: list[Problem], step: int) -> list:
         cfg = self.cfg
-        sampling = samplers.Sampling(cfg.group_size, cfg.max_new_tokens, cfg.temperature)
+        sampling = Sampling(cfg.group_size, cfg.max_new_tokens, cfg.temperature)
         seeds = [seed_for(step, i) for i in range(len(problems))]
         with self.memory("rollout"):
             groups = self.engine.generate([p.prompt_ids for p in problems], seeds, sampling)

@@ -11,7 +11,7 @@ from support.data import Problem
 from support.grader import Grader
 from support.metrics import check_failures
 from support.response import Response
-from support.samplers import Sampling
+from support.sampling import Sampling
 from support.util import gather
 
 

@@ -30,6 +30,7 @@ from support.prompts import CHECKED, Template, id_problem, template_warnings
 from support.response import Response
 from support.rewards import reward_id
 from support.util import compute_device, compute_dtype, gather, seed_for
+from support.vllm_sampler import check_temperatures
 
 MAX_SKIPPED = 3  # rollouts in a row with a skipped optimizer step end the run
 
@@ -68,12 +69,12 @@ class Run:
         self.bar = None
         self.saver = None
         classes = architectures(path)
-        self.sampler, self.sampler_reason = samplers.choose_sampler(cfg.sampler, classes)
-        if self.sampler == "vllm":
-            samplers.check_temperatures(cfg)
+        self.sampler_name, self.sampler_reason = samplers.choose_sampler(cfg.sampler, classes)
+        if self.sampler_name == "vllm":
+            check_temperatures(cfg)
         self.identity = {
             "training problems": problems_id(train_set.problems),
-            "sampler in use": self.sampler,
+            "sampler in use": self.sampler_name,
             "dtype in use": str(compute_dtype(cfg.dtype)),
             "reward file": reward_id(cfg.reward),
         }
@@ -134,7 +135,7 @@ class Run:
             f"training   {cfg.steps} steps of {cfg.prompts_per_step} prompts x {cfg.group_size} "
             f"responses = {responses}, {cfg.minibatches} optimizer step(s) each",
             f"machine    {ranks} {'process' if ranks == 1 else 'processes'}, {device}, {dtype}",
-            f"sampler    {self.sampler} ({self.sampler_reason})",
+            f"sampler    {self.sampler_name} ({self.sampler_reason})",
             f"output     {self.folder}",
         ]
         self.print("\n".join(lines))
@@ -175,7 +176,7 @@ class Run:
         """Load the newest checkpoint, if any. Then open logs and checkpoints."""
         self.policy = policy
         self.optimizer = optimizer
-        self.engine = sampler
+        self.sampler = sampler
         cfg = self.cfg
         self.position = Position(pending={})  # a new run begins with the evaluation of step 0
         if self.checkpoint:
@@ -350,7 +351,7 @@ class Run:
             self.bar.close()
         if self.log:
             self.print_summary()
-        self.engine.close()
+        self.sampler.close()
 
     def print_summary(self) -> None:
         """The first and the last accuracy in the log, or the only one, and where the files are."""
@@ -379,4 +380,4 @@ class Run:
             f"--output-dir {self.folder}"
         )
         sys.stdout.flush()
-        self.engine.close()
+        self.sampler.close()

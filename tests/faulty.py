@@ -11,7 +11,7 @@ import torch
 import lite_ppo
 from support import models
 from support.clock import clock
-from support.samplers import TransformersSampler
+from support.transformers_sampler import TransformersSampler
 from tests import forks
 from tests.world import command_line
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import lite_ppo
 from lite_ppo import PRESETS, Config
-from support import checkpoints, launch, models, samplers
+from support import checkpoints, launch, models, samplers, transformers_sampler
 from support.errors import UserError
 from tests.world import command_line, config, one_rank
 
@@ -356,7 +356,7 @@ def test_too_little_room_on_the_disk_is_one_message(
 def test_room_on_the_disk_is_checked_before_models_load(root, monkeypatch):
     disk = Disk(root / "crowded")
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", disk.usage)
-    for module in (models, samplers):
+    for module in (models, transformers_sampler):
         monkeypatch.setattr(module, "build_model", fail_because_a_model_is_built)
     message = (
         "--output-dir .*/crowded: 0.00 GiB free, and this run needs 0.00: 0.00 for the final model"

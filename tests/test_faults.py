@@ -33,7 +33,7 @@ from support.errors import RunError, Stopped
 from support.logs import Log
 from support.metrics import NOT_FINITE, check_gap
 from support.response import Response
-from support.samplers import TransformersSampler
+from support.transformers_sampler import TransformersSampler
 from tests import faulty
 from tests.forks import Fork
 from tests.test_config import call_main

@@ -24,7 +24,7 @@ from support.clock import clock
 from support.data import Problem
 from support.logs import Log, read_jsonl
 from support.response import Response
-from support.samplers import Sample, Sampling
+from support.sampling import Sample, Sampling
 from tests.world import ENGINE, HERE, WORLD, command_line, config, load_model, read
 
 # ---- the script, run by the helpers fixture ------------------------------------------------------

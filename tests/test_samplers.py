@@ -18,10 +18,10 @@ from transformers import AutoConfig, DynamicCache
 
 import lite_ppo
 from lite_ppo import Problem, Response, build_policy, full_weights, make_micro_batch
-from support import guard, models, samplers, toy
+from support import guard, models, samplers, toy, transformers_sampler, vllm_sampler
 from support.clock import Clock
 from support.errors import UserError
-from support.samplers import Sample, Sampling
+from support.sampling import Sample, Sampling
 from tests import faulty
 from tests.forks import Fork
 from tests.world import (
@@ -282,7 +282,9 @@ def test_sampler_takes_the_weights_of_the_trainer(engine):
 @pytest.mark.parametrize("uniform,token", [(0.0, 0), (0.49, 0), (0.51, 1), (0.79, 1), (0.81, 2)])
 def test_draw_inverts_the_distribution_function(uniform, token):
     probabilities = torch.tensor([[0.5, 0.3, 0.2]])
-    drawn, logprob = samplers.draw(probabilities.log(), torch.tensor([uniform]), FOUR_EACH)
+    drawn, logprob = transformers_sampler.draw(
+        probabilities.log(), torch.tensor([uniform]), FOUR_EACH
+    )
     assert drawn.tolist() == [token]
     assert logprob.exp().tolist() == pytest.approx([probabilities[0, token].item()])
 
@@ -292,7 +294,7 @@ def test_cache_with_spare_room_equals_the_one_of_transformers(root):
     model = AutoConfig.from_pretrained(root / "tied")
     heads, width = model.num_key_value_heads, model.head_dim
     layers = model.num_hidden_layers
-    cache, expected = samplers.roomy_cache(model), DynamicCache()
+    cache, expected = transformers_sampler.roomy_cache(model), DynamicCache()
     generator = torch.Generator().manual_seed(0)
     rows = 6
     for t in range(41):
@@ -318,34 +320,34 @@ def test_fixed_cache_lets_vllm_share_a_gpu(monkeypatch):
 
     cfg = SimpleNamespace(gpu_memory_utilization=0.6)
     measured = dict(gpu_memory_utilization=0.6, enable_sleep_mode=True)
-    assert samplers.device_options(cfg, gpu, 1) == measured
+    assert vllm_sampler.device_options(cfg, gpu, 1) == measured
     for two_responses, size in ((1, 2**28), (2**30, 2**30)):
-        assert samplers.device_options(cfg, CPU, two_responses)["kv_cache_memory_bytes"] == size
+        assert vllm_sampler.device_options(cfg, CPU, two_responses)["kv_cache_memory_bytes"] == size
 
     monkeypatch.setenv("LITE_PPO_KV_CACHE_GIB", "2.5")
-    fixed = samplers.device_options(cfg, gpu, 1)
+    fixed = vllm_sampler.device_options(cfg, gpu, 1)
     assert fixed["kv_cache_memory_bytes"] == 2.5 * 2**30  # so vLLM does not measure
     assert fixed["gpu_memory_utilization"] == 0.025  # what must be free is the cache
     assert "enable_sleep_mode" not in fixed  # falling asleep measures, too
-    assert samplers.device_options(cfg, CPU, 2**30)["kv_cache_memory_bytes"] == 2.5 * 2**30
+    assert vllm_sampler.device_options(cfg, CPU, 2**30)["kv_cache_memory_bytes"] == 2.5 * 2**30
 
 
 @pytest.mark.parametrize("flag", ["temperature", "eval_temperature"])
 def test_temperatures_that_vllm_changes_or_refuses_are_refused(flag):
     usual = dict(temperature=1.0, eval_temperature=0.0)
     for value in (0.01, 0.7, 2.0):
-        samplers.check_temperatures(SimpleNamespace(**usual | {flag: value}))
+        vllm_sampler.check_temperatures(SimpleNamespace(**usual | {flag: value}))
     for value in (1e-6, 0.0099, 2.5):
         name = flag.replace("_", "-")
         with pytest.raises(UserError, match=f"--{name} {value}: vLLM takes 0.01 to 2"):
-            samplers.check_temperatures(SimpleNamespace(**usual | {flag: value}))
+            vllm_sampler.check_temperatures(SimpleNamespace(**usual | {flag: value}))
 
 
 @pytest.mark.parametrize("text", ["", "much", "-1", "nan", "inf"])
 def test_fixed_cache_must_be_a_number(text, monkeypatch):
     monkeypatch.setenv("LITE_PPO_KV_CACHE_GIB", text)
     with pytest.raises(UserError, match=f"LITE_PPO_KV_CACHE_GIB={text}: must be a number of GiB"):
-        samplers.fixed_cache()
+        vllm_sampler.fixed_cache()
 
 
 @pytest.mark.parametrize(
