@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from support import guard
+from support import signals
 from support.clock import clock
 from support.data import Problem
 from support.grader import Grader
@@ -37,13 +37,13 @@ class Actor:
         groups = []
         with clock("rollout"):
             if prompts:  # a rank may have none
-                groups = guard.interruptible(self.sampler.generate, prompts, my_seeds, sampling)
+                groups = signals.interruptible(self.sampler.generate, prompts, my_seeds, sampling)
         with clock("reward"):
             drafts = [(i, draft) for i, group in zip(mine, groups) for draft in group]
             rows = [problems[i].row for i, _ in drafts]
             texts = [self.decode(draft.token_ids) for _, draft in drafts]
-            verdicts = guard.interruptible(self.grader, texts, rows)
-            guard.leave_together()  # a signal to any rank ends the step here, on all ranks
+            verdicts = signals.interruptible(self.grader, texts, rows)
+            signals.leave_together()  # a signal to any rank ends the step here, on all ranks
             graded = [(i, *d, text, *v) for (i, d), text, v in zip(drafts, texts, verdicts)]
             graded = sorted(gather(graded), key=lambda item: item[0])
             responses = [Response(problems[i], *rest) for i, *rest in graded]

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from support.clock import clock
 from support.errors import RunError, UserError
-from support.guard import out_of_memory, rank_has_ended
+from support.failures import out_of_memory, rank_has_ended
 from support.host import free_memory
 from support.models import count_parameters, model_dtype
 from support.packed import stored_state

@@ -15,13 +15,16 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import tyro
 
-from support import guard, toy
+from support import toy
 from support.clock import Clock
 from support.errors import RunError, Stopped, UserError
-from support.guard import Signals
+from support.failures import describe
 from support.prompts import parse_template_kwargs
+from support.rendezvous import fresh_store
 from support.rewards import load_reward
+from support.signals import Signals
 from support.util import compute_device, env
+from support.watchdog import watch
 
 # Defaults for a model of half a million parameters. They apply when --model is a toy.
 TOY_DEFAULTS: dict[str, Any] = dict(
@@ -191,7 +194,7 @@ def connect(cfg) -> None:
     if "MASTER_ADDR" in os.environ:
         try:
             rendezvous = next(dist.rendezvous("env://", timeout=limit))
-            store, rank, world = guard.fresh_store(*rendezvous, limit)
+            store, rank, world = fresh_store(*rendezvous, limit)
         except (dist.DistNetworkError, ValueError) as error:
             address = os.environ["MASTER_ADDR"]
             port = os.environ.get("MASTER_PORT")
@@ -204,7 +207,7 @@ def connect(cfg) -> None:
     # A healthy rank may keep the others waiting for longer. The watchdog finds one that hangs.
     patience = limit + timedelta(days=1)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
-    guard.watch(cfg.timeout_minutes, rank, world, store.clone() if world > 1 else None)
+    watch(cfg.timeout_minutes, rank, world, store.clone() if world > 1 else None)
 
 
 def check_gpus(ranks: int, gpus: int) -> None:
@@ -241,7 +244,7 @@ def main(Config: type, presets: dict[str, dict], train: Callable) -> int:
         message = f"{Clock.where()}: {error}"
     except (Exception, dcp.api.CheckpointException) as error:  # torch's is not an Exception
         code = 1
-        print(guard.describe(error, env("RANK", 0)), file=sys.stderr, flush=True)
+        print(describe(error, env("RANK", 0)), file=sys.stderr, flush=True)
     if message and env("LOCAL_RANK", 0) == 0:  # every rank has the same message
         print(f"error: {message}", file=sys.stderr, flush=True)
     elif code == 2:  # the launcher ends all ranks as soon as one ends

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
-from support import guard, samplers
+from support import samplers, signals
 from support.checkpoints import (
     Checkpoints,
     Position,
@@ -23,6 +23,7 @@ from support.checkpoints import (
 from support.clock import clock
 from support.data import Problem, ProblemSet
 from support.errors import RunError, Stopped, UserError
+from support.host import reclaim_memory
 from support.logs import Log, read_jsonl, sample_text
 from support.metrics import NOT_FINITE, rollout_metrics, speed_metrics
 from support.models import architectures, count_parameters, save_model
@@ -84,7 +85,7 @@ class Run:
             self.checkpoint = gather([find_checkpoint(self.folder, cfg, self.identity)])[0]
             check_space(self.folder, path, cfg)
             self.resources = resources.pop_all()
-        self.signals = contextlib.ExitStack()  # restores the signal handlers
+        self.handlers = contextlib.ExitStack()  # restores the signal handlers
 
     def print(self, text: str) -> None:
         """Print on rank 0, above the progress bar."""
@@ -103,7 +104,7 @@ class Run:
             # A failed rank keeps its handlers: the launcher sends SIGTERM at once, and that must
             # not end the process before it has printed the reason.
             if kind in (None, Stopped) or dist.get_world_size() == 1:
-                self.signals.close()
+                self.handlers.close()
 
     def close_at_end(self, resource: Any) -> Any:
         self.resources.callback(resource.close)
@@ -231,7 +232,7 @@ class Run:
         The first one is only to be evaluated if the step is trained and its evaluation is missing:
         after a signal during that evaluation, or if the last step has none (find_unevaluated).
         """
-        guard.install_signals(self.signals)  # before this point there is nothing to save
+        signals.install_signals(self.handlers)  # before this point there is nothing to save
         first = self.step + (self.pending is None)
         for step in range(first, self.cfg.steps + 1):
             clock.start(step)
@@ -331,7 +332,7 @@ class Run:
                 "entropy": f"{metrics['policy/entropy']:.3g}",
             }
             self.bar.set_postfix(shown)
-        guard.tidy()
+        reclaim_memory()
 
     # ---- the end ---------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 import lite_ppo
 import tricks
 from lite_ppo import make_micro_batch
-from support import guard, run, samplers
+from support import run, samplers, watchdog
 from support.checkpoints import checkpoints
 from support.clock import Clock, clock
 from support.data import Problem
@@ -77,7 +77,7 @@ def test_slow_rank_with_signs_of_life_is_no_fault(faulty_runs, root):
     result = faulty_runs["slow"].wait()
     assert result.returncode == 0, result.stderr[-6000:]
     (row,) = read(root / "slow/metrics.jsonl")[1:]
-    patience = 60 * float(faulty.FLAGS["slow"]["--timeout-minutes"]) + guard.Watchdog.GRACE
+    patience = 60 * float(faulty.FLAGS["slow"]["--timeout-minutes"]) + watchdog.Watchdog.GRACE
     assert row["time/step"] > patience
 
 
@@ -94,11 +94,11 @@ def test_only_signs_of_life_of_a_rank_behind_count(reports, alive, monkeypatch):
     monkeypatch.setattr(Clock, "signs", 0)
     monkeypatch.setattr(Clock, "since", 0.0)
     store = dist.HashStore()
-    watchdog = guard.Watchdog(60, rank=0, world=2, store=store)
+    watching = watchdog.Watchdog(60, rank=0, world=2, store=store)
     for report in reports:
         assert Clock.since == 0
         store.set("lite_ppo/1", report)
-        watchdog.look_at_ranks_behind()
+        watching.look_at_ranks_behind()
     assert (Clock.since > 0) == alive
 
 
@@ -116,7 +116,7 @@ WATCHED = """
 import threading
 from datetime import timedelta
 import torch.distributed as dist
-from support import guard
+from support import watchdog
 from support.clock import Clock
 
 class SlowStore:
@@ -132,7 +132,7 @@ class SlowStore:
                 pass
 
 Clock.since -= 9999  # before the watchdog starts, so it does not count
-guard.watch(60, 0, 2, SlowStore())
+watchdog.watch(60, 0, 2, SlowStore())
 SlowStore.asked.wait()
 """
 

@@ -319,7 +319,7 @@ def test_logs_cover_the_responses_that_dynamic_sampling_drops(root, monkeypatch)
 
 TIDY = """
 import atexit, ctypes, gc, weakref
-from support import guard
+from support.host import reclaim_memory
 
 class Node:
     pass
@@ -347,7 +347,7 @@ for call in range(1, 21):
     for block in blocks[::2]:  # 50 MiB of holes in the heap
         libc.free(block)
     before = resident()
-    guard.tidy()
+    reclaim_memory()
     print(call, before - resident() > 40, watched() is None, gc.get_freeze_count() > 1000)
     for block in blocks[1::2]:
         libc.free(block)

@@ -18,7 +18,7 @@ from transformers import AutoConfig, DynamicCache
 
 import lite_ppo
 from lite_ppo import Problem, Response, build_policy, full_weights, make_micro_batch
-from support import guard, models, samplers, toy, transformers_sampler, vllm_sampler
+from support import failures, models, samplers, toy, transformers_sampler, vllm_sampler
 from support.clock import Clock
 from support.errors import UserError
 from support.sampling import Sample, Sampling
@@ -354,7 +354,7 @@ def test_fixed_cache_must_be_a_number(text, monkeypatch):
     "text", ["Error in memory profiling. Initial free", "Memory usage increased after sleeping."]
 )
 def test_shared_gpu_is_one_message_with_the_remedy(text):
-    message = guard.describe(AssertionError(text), 0)
+    message = failures.describe(AssertionError(text), 0)
     assert "LITE_PPO_KV_CACHE_GIB lets runs share a GPU" in message and text in message
     assert "\n" not in message
 
