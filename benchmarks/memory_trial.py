@@ -19,7 +19,7 @@ import torch._dynamo  # noqa: F401  the optimizer imports it
 import torch.distributed as dist
 
 import lite_ppo
-from support import launch, samplers
+from support import cli, samplers
 from support.data import Problem
 from support.models import load_tokenizer
 from support.sampling import Sampling
@@ -134,7 +134,7 @@ def largest_micro_batch(responses: list, cfg) -> int:
 
 def main(path: str, output: str, flags: list[str]) -> None:
     command_line = ["--model", path, "--train-data", "-", *flags]
-    cfg = launch.parse_config(lite_ppo.Config, lite_ppo.PRESETS, command_line)
+    cfg = cli.parse_config(lite_ppo.Config, lite_ppo.PRESETS, command_line)
     common.start_ranks()
     trial = Trial(cfg, path)
     problems = make_problems(cfg, len(trial.tokenizer))

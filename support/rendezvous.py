@@ -1,5 +1,6 @@
 """The meeting of the ranks when a run starts, also after a restart by the launcher."""
 
+import os
 import secrets
 import time
 from datetime import timedelta
@@ -7,15 +8,34 @@ from typing import Any
 
 import torch.distributed as dist
 
-from support.errors import RunError
+from support.errors import RunError, UserError
+
+
+def meet_ranks(limit: timedelta) -> tuple[Any, int, int]:
+    """(store that all ranks share, own rank, number of ranks).
+
+    A process without a launcher is the only rank. UserError if the port of the launcher cannot be
+    used, RunError if a rank does not join within `limit`.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        return dist.HashStore(), 0, 1
+    try:
+        return fresh_store(*next(dist.rendezvous("env://", timeout=limit)), limit)
+    except (dist.DistNetworkError, ValueError) as error:
+        address = os.environ["MASTER_ADDR"]
+        port = os.environ.get("MASTER_PORT")
+        raise UserError(
+            f"MASTER_ADDR {address}, MASTER_PORT {port}: {error}; is another run using the port? "
+            "torchrun --master-port sets another"
+        ) from None
 
 
 def fresh_store(store, rank: int, world: int, limit: timedelta) -> tuple[Any, int, int]:
     """The launcher's store under a fresh prefix; returns (store, rank, world).
 
-    torchrun keeps one store across restarts (pytorch issue 135712), so ranks would dial dead
-    addresses. Rank 0 picks a random prefix. Every other rank asks for it with a random token.
-    RunError if a rank does not join within `limit`.
+    torchrun keeps one store across restarts (pytorch issue 135712). Without a fresh prefix, ranks
+    would read addresses of dead processes. Rank 0 picks a random prefix. Every other rank asks for
+    it with a random token. RunError if a rank does not join within `limit`.
     """
     token = secrets.token_hex(8)
     try:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lite_ppo
-from support import launch
+from support import cli
 from tests import checks, forks  # noqa: F401  checks loads the profile of hypothesis
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -445,7 +445,7 @@ def test_both_sides_change_together_on_a_gpu():
     found = {}
     for gpu in (False, True):
         words = versus_trl.lite_ppo_flags(JOB | {"gpu": gpu})
-        cfg = launch.parse_config(lite_ppo.Config, lite_ppo.PRESETS, words)
+        cfg = cli.parse_config(lite_ppo.Config, lite_ppo.PRESETS, words)
         found[gpu] = cfg.sampler, cfg.dtype, cfg.activation_checkpointing, cfg.eval_data
     assert found[False] == ("transformers", "float32", False, ())
     assert found[True] == ("vllm", "bfloat16", True, ())

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import lite_ppo
 from lite_ppo import PRESETS, Config
-from support import checkpoints, launch, models, samplers, transformers_sampler
+from support import checkpoints, cli, launch, models, samplers, transformers_sampler
 from support.errors import UserError
 from tests.world import command_line, config, one_rank
 
@@ -63,7 +63,7 @@ DIFFERENCES = {  # preset: the settings that it states
 
 
 def parse(*arguments: str) -> Config:
-    return launch.parse_config(Config, PRESETS, list(arguments))
+    return cli.parse_config(Config, PRESETS, list(arguments))
 
 
 def needed_flags(root: Path) -> list[str]:
@@ -89,7 +89,7 @@ def test_preset_changes_the_published_settings_only(preset, root):
 def test_preset_wins_over_the_toy(preset):
     """The toy takes two optimizer steps per rollout; a preset that states a number keeps it."""
     found = vars(parse("--preset", preset))
-    settings = launch.TOY_DEFAULTS | DIFFERENCES[preset]
+    settings = cli.TOY_DEFAULTS | DIFFERENCES[preset]
     assert found.items() >= settings.items()
     assert found["prompts_per_step"] * found["group_size"] >= found["minibatches"]
 
@@ -103,7 +103,7 @@ def test_preset_wins_over_the_toy(preset):
     ],
 )
 def test_flag_wins_over_preset_and_preset_over_toy(flags, clip_high, monkeypatch):
-    monkeypatch.setitem(launch.TOY_DEFAULTS, "clip_high", 0.5)
+    monkeypatch.setitem(cli.TOY_DEFAULTS, "clip_high", 0.5)
     assert parse("--model", "toy:large", *flags).clip_high == clip_high
 
 
@@ -112,7 +112,7 @@ def test_toy_settings_replace_the_defaults():
     assert cfg.dynamic_sampling is False
     assert cfg.overlong_buffer == 0.2
     assert cfg.steps == 3
-    assert cfg.lr == launch.TOY_DEFAULTS["lr"]
+    assert cfg.lr == cli.TOY_DEFAULTS["lr"]
 
 
 # ---- one message for each mistake ----------------------------------------------------------------

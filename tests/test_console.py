@@ -13,7 +13,7 @@ import pytest
 
 import lite_ppo
 from lite_ppo import PRESETS, Config
-from support import launch
+from support import cli, launch
 from support.checkpoints import Position
 from support.data import Problem
 from support.errors import RunError
@@ -66,7 +66,7 @@ def test_help_shows_the_real_defaults_and_names_those_of_the_toy_apart(help_text
 def test_flags_reach_the_config_from_every_group():
     changed = {"--reward-low": -1, "--top-k": 7, "--clip-high": 0.3, "--lr": 0.1, "--seed": 3}
     arguments = [str(word) for pair in changed.items() for word in pair]
-    cfg = launch.parse_config(Config, PRESETS, [*arguments, "--save-every", "9"])
+    cfg = cli.parse_config(Config, PRESETS, [*arguments, "--save-every", "9"])
     assert (cfg.reward_low, cfg.top_k, cfg.clip_high, cfg.lr) == (-1, 7, 0.3, 0.1)
     assert (cfg.seed, cfg.save_every) == (3, 9)
 

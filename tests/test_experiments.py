@@ -33,7 +33,7 @@ import run  # noqa: E402
 import tables  # noqa: E402
 
 import lite_ppo  # noqa: E402
-from support import launch, toy  # noqa: E402
+from support import cli, toy  # noqa: E402
 from tests import forks  # noqa: E402
 
 STORED = plot.toy_results()
@@ -243,7 +243,7 @@ CHANGES = {  # what each setting changes in the configuration
 def config_of(setting: str) -> dict:
     (made,) = grid.cells(grid.PAIR[:1], [setting], [1])
     args = run.arguments(made, Path("x"))
-    return vars(launch.parse_config(lite_ppo.Config, lite_ppo.PRESETS, args))
+    return vars(cli.parse_config(lite_ppo.Config, lite_ppo.PRESETS, args))
 
 
 def test_every_setting_is_listed():
@@ -685,7 +685,7 @@ def values_of(flags: str, flag: str) -> list[str]:
 def learning(flags: str) -> lite_ppo.Config:
     """The settings of a run."""
     words = flags.split()
-    return launch.parse_config(lite_ppo.Config, lite_ppo.PRESETS, ["--train-data", "f", *words])
+    return cli.parse_config(lite_ppo.Config, lite_ppo.PRESETS, ["--train-data", "f", *words])
 
 
 def test_methods_on_a_real_model_have_equal_responses_and_optimizer_steps(

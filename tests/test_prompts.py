@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from lite_ppo import PRESETS, Config  # hides broken packages from transformers
-from support import data, launch, prompts, run, toy
+from support import cli, data, prompts, run, toy
 from support.errors import UserError
 from support.prompts import Template, template_warnings
 from tests.test_data import lines, missing_words, write
@@ -125,7 +125,7 @@ def test_reserved_arguments_are_those_of_transformers(tokenizer):
 
 def test_bad_arguments_are_an_error_before_anything_is_loaded():
     with pytest.raises(UserError, match="--chat-template-kwargs x: not JSON"):
-        launch.check_config(Config(train_data="x", chat_template_kwargs="x"), 1)
+        cli.check_config(Config(train_data="x", chat_template_kwargs="x"), 1)
 
 
 # ---- what a template loses -----------------------------------------------------------------------
@@ -202,7 +202,7 @@ class Printed(run.Run):
 
 @pytest.mark.parametrize("arguments,count", [([], 0), (["--system-prompt", "Add."], 1)])
 def test_toy_run_warns_only_of_a_system_prompt_that_is_given(arguments, count, tokenizer):
-    cfg = launch.parse_config(Config, PRESETS, arguments)
+    cfg = cli.parse_config(Config, PRESETS, arguments)
     problem = data.Problem({}, [3], Template(tokenizer, cfg).complete([user("1+1")]))
     printed = Printed(cfg, tokenizer)
     printed.train_set = data.ProblemSet([problem], Counter())

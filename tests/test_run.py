@@ -17,11 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lite_ppo
 from lite_ppo import PRESETS, Config
-from support import launch, metrics, toy
+from support import cli, metrics, toy
 from support.actor import Actor
 from support.checkpoints import Position
 from support.clock import clock
-from support.data import Problem
+from support.data import Problem, ProblemSet
 from support.logs import Log, read_jsonl
 from support.response import Response
 from support.sampling import Sample, Sampling
@@ -119,7 +119,7 @@ def test_script_counts_clipped_tokens_by_token(script):
 
 
 def test_script_writes_its_flags_curves_and_events(script, root):
-    cfg = launch.parse_config(Config, PRESETS, command_line(root))
+    cfg = cli.parse_config(Config, PRESETS, command_line(root))
     written = json.loads((script.folder / "config.json").read_text())
     assert written == json.loads(json.dumps(vars(cfg)))
     assert (script.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -527,7 +527,8 @@ class GivenScores:
         return [(*pair, 0.0) for pair in pairs]
 
 
-PROBLEMS = [Problem({}, [3, i, 4]) for i in range(20)]
+def problem_set(size: int) -> ProblemSet:
+    return ProblemSet([Problem({}, [3, i, 4]) for i in range(size)], collections.Counter())
 
 
 def rollout_scores(*calls, cursor=0, **changes) -> tuple[list[float], int]:
@@ -535,7 +536,7 @@ def rollout_scores(*calls, cursor=0, **changes) -> tuple[list[float], int]:
     cfg = config(Path(), **dict(prompts_per_step=2, group_size=2) | changes)
     sampler = OneSample()
     actor = Actor(sampler, toy.make_tokenizer(), GivenScores(calls))
-    responses, _, cursor = lite_ppo.rollout(actor, PROBLEMS, cursor, cfg)
+    responses, _, cursor = lite_ppo.rollout(actor, problem_set(20), cursor, cfg)
     assert len(set(sampler.seeds)) == len(sampler.seeds)
     return [response.score for response in responses], cursor
 
@@ -655,7 +656,7 @@ def test_dapo_rewards_by_hand():
 def test_evaluation_measures_accuracy_and_pass_at_k():
     cfg = config(Path(), eval_samples=4)
     grader = GivenScores([[1, 0, 0, 0, 1, 1, 0.5, 1], [0, 0, 0, 0]])
-    sets = {"a": PROBLEMS[:2], "b": PROBLEMS[:1]}
+    sets = {"a": problem_set(2), "b": problem_set(1)}
     actor = Actor(OneSample(), toy.make_tokenizer(), grader)
     found = lite_ppo.evaluate(actor, sets, cfg, NoRun())
     expected = {
