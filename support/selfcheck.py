@@ -1,12 +1,12 @@
 """The check of an architecture at start-up: does this trainer compute its log-probs?
 
 A list of supported classes would be wrong as soon as transformers changes. So the class itself is
-tried: a tiny copy with random weights computes the log-probs of a packed row, as the trainer does,
-and those of each sequence alone, as transformers does. They must be equal. It takes about 0.3 s.
+tried. A tiny copy with random weights computes the log-probs of a packed row, as the trainer does,
+and those of each sequence alone, as transformers does. Both must be equal, and so must their
+gradients. It takes about 0.3 s.
 """
 
 import copy
-import functools
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +18,10 @@ from support.packed import blocks, build
 
 TOLERANCE = 1e-4  # nats, float32; rounding gives 1e-6 to 1e-5
 GRADIENT_TOLERANCE = 1e-3  # of the largest entry of the gradient of a parameter
-LENGTHS = (5, 40, 11)  # of the packed sequences
-WINDOW = 8  # the sliding window of the tiny copy: one of them is within it
-SHORT = 24  # original context length of the tiny copy: one of them is beyond it
-LONG = 64  # the same, if no sequence of the run can be beyond it
+LENGTHS = (5, 40, 11)  # tokens of the packed sequences
+WINDOW = 8  # the sliding window of the tiny copy; two of the sequences are longer
+SHORT = 24  # original context length of the tiny copy; one of the sequences is longer
+LONG = 64  # the same where no sequence of the run exceeds the original context length
 CPU = torch.device("cpu")
 
 # ---- a tiny copy of a config ---------------------------------------------------------------------
@@ -169,11 +169,10 @@ def find_problem(config, max_tokens: int) -> str:
     max_tokens: length limit of a prompt and its response together.
     """
     original = original_context(config)
-    text = config.to_json_string(use_diff=False)
     if not original or max_tokens <= original:
-        return compare(Config(config, text), LONG)
-    problem = compare(Config(config, text), SHORT)
-    if problem and not compare(Config(config, text), LONG):
+        return compare(config, LONG)
+    problem = compare(config, SHORT)
+    if problem and not compare(config, LONG):
         return (
             f"its rotary frequencies depend on whether the longest sequence of a batch exceeds "
             f"{original} tokens, and {problem.split(':')[0]}. --max-prompt-tokens plus "
@@ -182,28 +181,24 @@ def find_problem(config, max_tokens: int) -> str:
     return problem
 
 
-class Config:
-    """A config that can be a key of a cache."""
-
-    def __init__(self, config, text: str):
-        self.config = config
-        self.text = text
-
-    def __hash__(self):
-        return hash(self.text)
-
-    def __eq__(self, other):
-        return self.text == other.text
+RESULTS: dict[tuple[str, int], str] = {}  # of compare(): (config as JSON, original_length)
 
 
-@functools.cache
-def compare(config: Config, original_length: int) -> str:
+def compare(config, original_length: int) -> str:
+    """compare_copies(), once in a process for each config and original_length."""
+    key = (config.to_json_string(use_diff=False), original_length)
+    if key not in RESULTS:
+        RESULTS[key] = compare_copies(config, original_length)
+    return RESULTS[key]
+
+
+def compare_copies(config, original_length: int) -> str:
     """Build the tiny copies and compare them. Returns the problem, or ""."""
     doing = "no tiny copy of it can be made for the check at start-up"
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(0)
-            tiny = shrink(config.config, original_length)
+            tiny = shrink(config, original_length)
             size = count_parameters(tiny)
             if size > MOST_PARAMETERS:
                 raise ValueError(f"it still has {size / 1e6:.0f} million parameters")

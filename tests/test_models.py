@@ -172,15 +172,15 @@ def test_fault_of_the_trainer_is_found(fault, monkeypatch):
     module, function, wrong, name, changes = FAULTS[fault]
     assert find_problem(name, **changes) == ""
     monkeypatch.setattr(module, function, wrong)
-    selfcheck.compare.cache_clear()
+    selfcheck.RESULTS.clear()
     try:
         assert "nats" in find_problem(name, **changes)
     finally:
-        selfcheck.compare.cache_clear()
+        selfcheck.RESULTS.clear()
 
 
 def test_check_leaves_the_random_numbers_alone():
-    selfcheck.compare.cache_clear()
+    selfcheck.RESULTS.clear()
     before = torch.get_rng_state()
     assert find_problem("qwen3") == ""
     assert torch.equal(torch.get_rng_state(), before)
