@@ -251,11 +251,11 @@ def response_logprobs(model, compiled: bool, batch: MicroBatch, temperature: flo
 def shard_model(model, cfg: Config, device: torch.device, trainable: bool) -> None:
     """FSDP2: each block is gathered when it computes; gradients are averaged in float32."""
     world = dist.get_world_size()
-    copy = cfg.shard_ranks or world  # ranks that share one copy of the weights
-    if copy == world:
+    shard_size = cfg.shard_ranks or world  # ranks that share one copy of the weights
+    if shard_size == world:
         mesh = dist.init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     else:  # hybrid sharding: each row of the mesh holds a whole copy
-        shape = (world // copy, copy)
+        shape = (world // shard_size, shard_size)
         mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     options = dict(
         mesh=mesh,
@@ -279,9 +279,9 @@ def shard_model(model, cfg: Config, device: torch.device, trainable: bool) -> No
 @clock("start")  # a phase of its own: the watchdog sees that start-up makes progress
 def build_policy(cfg: Config, path: str, device: torch.device, trainable: bool = True):
     """The sharded model: float32 weights that compute in cfg.dtype."""
-    home = torch.device("cpu") if cfg.cpu_offload else device
+    weights_device = torch.device("cpu") if cfg.cpu_offload else device
     shard = functools.partial(shard_model, cfg=cfg, device=device, trainable=trainable)
-    model = models.build_model(path, torch.float32, "packed", home, shard)
+    model = models.build_model(path, torch.float32, "packed", weights_device, shard)
     models.place_buffers(model, compute_dtype(cfg.dtype), device)
     models.load_weights(model, path)
     return model.train(trainable).requires_grad_(trainable)
@@ -290,8 +290,8 @@ def build_policy(cfg: Config, path: str, device: torch.device, trainable: bool =
 def full_weights(model, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and full tensor of every parameter. Each rank must read all: gathering is collective.
 
-    It includes a tied lm_head.weight: vLLM's CPU backend keeps its own copy. Buffers of the state
-    dict are included; they are whole on every rank.
+    A tied lm_head.weight is included, because vLLM's CPU backend keeps its own copy. So are the
+    buffers of the state dict, which are whole on every rank.
     """
     for name, tensor in model.state_dict().items():
         tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -313,7 +313,7 @@ def nth_problem(position: int, seed: int, size: int) -> int:
 
 
 def rollout(actor, train_set, cursor: int, cfg: Config) -> tuple[list, list, int]:
-    """N * K responses, group by group; dropped ones; the next position in the prompt stream.
+    """(N * K responses group by group, dropped responses, next position in the prompt stream).
 
     With dynamic sampling, more prompts are tried until N groups have scores that are not all equal,
     for at most DYNAMIC_ROUNDS rounds. Uninformative groups fill the remaining places.
@@ -392,7 +392,7 @@ def make_minibatches(responses, advantages, step: int, cfg: Config) -> list[list
 
 
 def token_losses(logprobs: torch.Tensor, batch: MicroBatch, cfg: Config) -> torch.Tensor:
-    """The PPO loss of each response token, [R], and its options."""
+    """The PPO loss of each response token, [R], with the options of cfg."""
     old = batch.old_logprobs
     clips = (cfg.clip_low, cfg.clip_high, cfg.dual_clip or None)
     losses = tricks.clipped_surrogate(logprobs, old, batch.advantages, *clips)
@@ -439,8 +439,8 @@ def update(policy, optimizer, minibatches, step: int, cfg: Config) -> UpdateStat
             (loss * world).backward()  # FSDP takes the mean over ranks; we need the sum
             stats.add(batch, logprobs, entropy, losses, loss)
         if m == 0:  # the weights have not moved yet: were the responses sampled from them?
-            every = [batch for part in minibatches for batch in part]
-            stats.metrics |= check_gap(every, cfg)
+            all_batches = [batch for part in minibatches for batch in part]
+            stats.metrics |= check_gap(all_batches, cfg)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm).full_tensor()
         if norm.isfinite():  # the same norm on all ranks, so that they skip together
             optimizer.step()

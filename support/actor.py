@@ -1,4 +1,4 @@
-"""The actor: turns prompts into graded responses, each rank its share of them."""
+"""The actor: samples and grades responses. Each rank does a share, and every rank gets all."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ class Actor:
         seeds: one per problem. A signal to any rank raises Stopped on all ranks. RunError if too
         many responses get no score.
         """
-        mine = range(dist.get_rank(), len(problems), dist.get_world_size())
+        mine = range(dist.get_rank(), len(problems), dist.get_world_size())  # my problems
         prompts = [problems[i].prompt_ids for i in mine]
         my_seeds = [seeds[i] for i in mine]
         groups = []
@@ -39,16 +39,17 @@ class Actor:
             if prompts:  # a rank may have none
                 groups = signals.interruptible(self.sampler.generate, prompts, my_seeds, sampling)
         with clock("reward"):
-            drafts = [(i, draft) for i, group in zip(mine, groups) for draft in group]
-            rows = [problems[i].row for i, _ in drafts]
-            texts = [self.decode(draft.token_ids) for _, draft in drafts]
-            verdicts = signals.interruptible(self.grader, texts, rows)
+            drawn = [(i, sample) for i, group in zip(mine, groups) for sample in group]
+            rows = [problems[i].row for i, _ in drawn]
+            texts = [self.decode(sample.token_ids) for _, sample in drawn]
+            grades = signals.interruptible(self.grader, texts, rows)
             signals.leave_together()  # a signal to any rank ends the step here, on all ranks
-            graded = [(i, *d, text, *v) for (i, d), text, v in zip(drafts, texts, verdicts)]
-            graded = sorted(gather(graded), key=lambda item: item[0])
-            responses = [Response(problems[i], *rest) for i, *rest in graded]
+            parts = [(i, s, text, grade) for (i, s), text, grade in zip(drawn, texts, grades)]
+            parts = sorted(gather(parts), key=lambda part: part[0])
+            responses = [Response(problems[i], *s, text, *grade) for i, s, text, grade in parts]
         check_failures(responses)
         return responses
 
     def decode(self, token_ids: np.ndarray) -> str:
+        """The text of a response, without special tokens."""
         return self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)

@@ -18,21 +18,22 @@ class Clock:
 
     step = 0
     phase = "start"
-    ticks = 0  # every rank ticks at the same points: the lowest count is the rank that hangs
-    signs = 0  # of life: ticks, and others that not all ranks have
+    ticks = 0  # all ranks tick at the same points: the rank with the fewest ticks is behind
+    signs = 0  # signs of life: ticks, and others that a rank has alone, such as its tokens
     since = time.monotonic()  # time of the last sign of life
 
     def __init__(self):
         self.start(0)
 
     def start(self, step: int) -> None:
-        """Begin a step: forget the measurements of the last one."""
+        """Begin a step: clear the measurements of the last one."""
         Clock.step = step
         self.seconds: dict[str, float] = defaultdict(float)
         self.memory: dict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
     def __call__(self, phase: str):
+        """Measure a phase. Phases may be nested; the memory of the outer one is then incomplete."""
         outer = Clock.phase
         Clock.phase = phase
         Clock.tick()
@@ -54,12 +55,13 @@ class Clock:
 
     @classmethod
     def alive(cls) -> None:
-        """Record a sign of life inside a phase, such as a token. Ranks may differ in these."""
+        """Record a sign of life that other ranks may not have, such as a token."""
         cls.signs += 1
         cls.since = time.monotonic()
 
     @classmethod
     def where(cls) -> str:
+        """The current step and phase, for messages."""
         return f"step {cls.step}, {cls.phase}"
 
 
@@ -67,6 +69,7 @@ clock = Clock()
 
 
 def reset_peak_memory() -> None:
+    """Let peak_memory() start again from the memory in use now."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return

@@ -26,12 +26,12 @@ def install_signals(resources: contextlib.ExitStack) -> None:
     if threading.current_thread() is not threading.main_thread():
         return
     for number in (signal.SIGTERM, signal.SIGINT):
-        previous = signal.signal(number, note_signal)
+        previous = signal.signal(number, record_signal)
         resources.callback(signal.signal, number, previous)
 
 
-def note_signal(number: int, frame) -> None:
-    """The handler. Inside interruptible() it raises Stopped; elsewhere it only takes a note."""
+def record_signal(number: int, frame) -> None:
+    """The handler. It records the signal, and raises Stopped inside interruptible()."""
     Signals.received = Signals.received or number
     if Signals.interruptible:
         Signals.interruptible = False
