@@ -1,5 +1,8 @@
-"""Checkpoints: sharded, written in the background, visible when complete, read by any number of
-ranks. Also the output folder that holds them."""
+"""Checkpoints, and the output folder that holds them.
+
+A checkpoint is sharded. It is written in the background, becomes visible when it is complete, and
+can be read by any number of ranks.
+"""
 
 import contextlib
 import dataclasses
@@ -32,7 +35,7 @@ from support.util import env, gather
 KEPT = 2  # checkpoints; older ones are deleted
 STATE_BYTES = 12  # per parameter, in float32: weights and two moments
 COPIES = 2  # of the state in host memory while it is written: the copy, and the bytes of the file
-PATIENCE = 60.0  # seconds that a network file system may take to show a new file elsewhere
+PATIENCE = 60.0  # seconds until a network file system must show a new file to all machines
 
 # Flags that may change on resume: how the run computes, watches and saves, not what it learns.
 MAY_CHANGE = {
@@ -46,7 +49,7 @@ MAY_CHANGE = {
 
 @dataclasses.dataclass
 class Position:
-    """Where a run stands. With weights and optimizer state, all that its next step depends on."""
+    """Where a run stands. The next step depends on this, the weights and the optimizer state."""
 
     step: int = 0  # steps done
     cursor: int = 0  # position in the stream of prompts
@@ -58,10 +61,10 @@ class Position:
 
 
 def open_folder(cfg, resources: contextlib.ExitStack) -> Path:
-    """Make and lock the output folder. `resources` releases the lock, as does the process's end.
+    """Make and lock the output folder. The lock ends with `resources`, or with the process.
 
-    UserError if it cannot be written to, if another run uses it (two would overwrite each other's
-    files), or if a rank does not see what rank 0 writes there.
+    UserError if the folder cannot be written to, if another run uses it (two runs would overwrite
+    each other's files), or if a rank does not see what rank 0 writes there.
     """
     model = Path(cfg.model).name.replace(":", "-")
     default = f"runs/{model}-{cfg.preset}-seed{cfg.seed}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -127,6 +130,7 @@ def check_space(folder: Path, model: str, cfg) -> None:
 
 
 def gib(size: int) -> str:
+    """Bytes as a number of GiB."""
     return f"{size / 2**30:.2f}"
 
 
@@ -134,7 +138,7 @@ def gib(size: int) -> str:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first. Other names, such as checkpoint-best, are not ours."""
+    """Complete checkpoints, oldest first. Folders with other names are not touched."""
     found = []
     for path in folder.glob("checkpoint-*"):
         if re.fullmatch(r"checkpoint-\d+", path.name):
@@ -229,20 +233,20 @@ class Checkpoints:
         self.cfg = cfg
         self.identity = identity
         self.print = print_line
-        # A group of its own: the background thread must not mix its messages with the step's.
+        # A group of its own, so that messages of the background thread and of a step do not mix.
         self.group = dist.new_group(backend="gloo")
         self.writing: Position | None = None
         self.future = None
         self.error: BaseException | None = None
         self.failures = 0  # in a row
-        self.noted = False  # on the console that checkpoints are not written in the background
+        self.noted = False  # whether the console says that checkpoints are not in the background
         self.newest = -1  # step of the newest checkpoint
         if dist.get_rank() == 0:
             self.delete_partial()
         dist.barrier()
 
     def delete_partial(self) -> None:
-        """Delete what a killed run left half-written. Other names are not ours."""
+        """Delete the partial files of a killed run. Files with other names are not touched."""
         for path in self.folder.glob("partial*"):
             if not re.fullmatch(r"partial(\.jsonl|-final|-(old-)?\d+)", path.name):
                 continue
@@ -338,6 +342,7 @@ class Checkpoints:
             shutil.rmtree(old)
 
     def report_failure(self, step: int, reason: str, last: bool) -> None:
+        """Print a warning, or raise RunError at the second failure in a row or the last save."""
         self.newest = -1
         if dist.get_rank() == 0:
             shutil.rmtree(self.folder / f"partial-{step}", ignore_errors=True)

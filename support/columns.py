@@ -41,7 +41,7 @@ WORKED_COLUMNS = ("solution", "completion")  # a worked solution, or the answer 
 VERL_ANSWER = "reward_model.ground_truth"  # a row that has it is verl's
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "environment", "ipython")
 MAX_DEPTH = 64  # pickle, which sends rows to the workers, fails at some hundreds
-ABSENT = object()
+ABSENT = object()  # the value of a column that does not exist; None is a value
 
 # ---- the row -------------------------------------------------------------------------------------
 
@@ -174,6 +174,7 @@ def names_in(raw: Row) -> str:
 
 
 def quoted(names: Iterable[str]) -> str:
+    """The names in quotes, with commas between."""
     return ", ".join(f'"{name}"' for name in names)
 
 
@@ -236,6 +237,7 @@ def to_messages(value: Any, place: str) -> Chat | None:
 
 
 def is_message(value: Any) -> bool:
+    """Whether a value is an object with a role and a content."""
     return isinstance(value, dict) and "role" in value and "content" in value
 
 

@@ -3,10 +3,12 @@
     FlashAttention 4   from the installed vLLM, on Hopper GPUs (H100, H200), heads of 64 and 128
     FlashAttention 2   otherwise: torch.nn.attention.varlen, half as fast on Hopper
 
-Other GPUs and widths could take version 4 too, but it was never compared with the formula there.
+Version 4 may also run on other GPUs and widths. It has not been compared with the formula there, so
+it is not used.
 
-torch's own switch to version 4 (torch.nn.attention.activate_flash_attention_impl) expects two
-results where this version returns four. So the kernels are called here.
+The kernels of version 4 are called here, because torch's own switch
+(torch.nn.attention.activate_flash_attention_impl) fails: it expects two results of the forward
+kernel, and this version returns four.
 """
 
 import functools
@@ -37,7 +39,7 @@ def choose(device: torch.device, width: int) -> str:
 def flash_attention_4():
     """The module with the kernels, or None if it does not import.
 
-    It compiles a kernel for each head size in some seconds, and keeps it on the disk.
+    It compiles a kernel for each width of a head, which takes seconds, and keeps it on the disk.
     """
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_folder() / "attention"))
@@ -56,7 +58,7 @@ def attention(query, key, value, cu_seqlens, longest: int, scale, window: int | 
     window: the number of tokens that a token sees, itself included; None: all before it.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    before = -1 if window is None else window - 1  # tokens that it sees besides itself; -1: all
+    before = -1 if window is None else window - 1  # earlier tokens that a token sees; -1: all
     if choose(query.device, query.shape[-1]) == "FlashAttention 4":
         return flash_attention(query, key, value, cu_seqlens, longest, scale, before)[0]
     from torch.nn.attention.varlen import varlen_attn  # the import takes seconds
@@ -87,8 +89,8 @@ def saved_operators() -> list:
 # ---- FlashAttention 4 as an operator -------------------------------------------------------------
 
 
-def limits(before: int) -> dict:
-    """The arguments of the kernels for a causal mask, with or without a window."""
+def mask_arguments(before: int) -> dict:
+    """The arguments of the kernels for a causal mask; before: the window, see attention()."""
     if before < 0:
         return dict(causal=True)
     return dict(window_size_left=before, window_size_right=0)
@@ -115,17 +117,19 @@ def flash_attention(
         max_seqlen_k=longest,
         softmax_scale=scale,
         return_lse=True,
-        **limits(before),
+        **mask_arguments(before),
     )
     return out, denominators
 
 
 def keep_for_backward(ctx, inputs, output) -> None:
+    """Store what flash_attention_backward() needs."""
     query, key, value, cu_seqlens, ctx.longest, ctx.scale, ctx.before = inputs
     ctx.save_for_backward(query, key, value, cu_seqlens, *output)
 
 
 def flash_attention_backward(ctx, grad, _):
+    """The gradient of each argument of flash_attention()."""
     query, key, value, cu_seqlens, out, denominators = ctx.saved_tensors
     grads = flash_attention_4()._flash_attn_bwd(
         query,
@@ -139,7 +143,7 @@ def flash_attention_backward(ctx, grad, _):
         cu_seqlens_k=cu_seqlens,
         max_seqlen_q=ctx.longest,
         max_seqlen_k=ctx.longest,
-        **limits(ctx.before),
+        **mask_arguments(ctx.before),
     )
     return *grads[:3], None, None, None, None
 

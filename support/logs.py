@@ -36,7 +36,7 @@ class Log:
     def __init__(self, folder: Path, cfg, position: Any):
         from torch.utils.tensorboard import SummaryWriter
 
-        # A resumed run writes again what came after its checkpoint: remove it first.
+        # A resumed run repeats the steps after its checkpoint. Remove their lines first.
         last = position.step - (position.pending is not None)  # step of the last line to keep
         self.folder = folder
         self.samples_per_step = cfg.samples_per_step
@@ -61,6 +61,7 @@ class Log:
         return rows
 
     def append(self, name: str, rows: Iterable[dict]) -> None:
+        """Add lines to a log."""
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.writelines(map(to_line, rows))
 
@@ -142,6 +143,7 @@ class Log:
         figure.savefig(self.folder / "curves.png", dpi=110)
 
     def draw_accuracy(self, axes) -> None:
+        """Draw a line and a band for each evaluation set."""
         keys = sorted({key for row in self.rows for key in row if key.endswith("/accuracy")})
         for key in keys:
             steps, values = self.points(key)
@@ -160,6 +162,7 @@ class Log:
 
 
 def sample_row(response: Response) -> dict[str, Any]:
+    """A response as a line of samples.jsonl."""
     row = response.problem.row
     return {
         "prompt": row["problem"],
@@ -243,7 +246,7 @@ WARNINGS = {  # name: text
 
 
 def warnings(rows: list[dict[str, float]]) -> dict[str, str]:
-    """What the metrics of a run say about its health: name and text of each warning."""
+    """The warnings that the metrics of the last steps give: name and text of each."""
     now = rows[-1]
     first = next((row for row in rows if row.get("policy/entropy") is not None), None)
     if first is None or "reward/failed" not in now:  # step 0
@@ -253,7 +256,7 @@ def warnings(rows: list[dict[str, float]]) -> dict[str, str]:
     lengths = last_five(rows, "response/length_mean")
     truncated = last_five(rows, "response/truncated")
     spread = last_five(rows, "reward/std")
-    unsolved = bool(correct) and max(correct) < 0.8  # a solved task needs no entropy
+    unsolved = bool(correct) and max(correct) < 0.8  # on a solved task low entropy is no fault
     found = {
         "failing rewards": now["reward/failed"] > 0.05,
         "entropy collapse": unsolved

@@ -49,7 +49,7 @@ def closing_brace(text: str, opening: int) -> int | None:
 
 # ---- one spelling --------------------------------------------------------------------------------
 
-CHARACTERS = {
+REPLACEMENTS = {  # characters: LaTeX or ASCII for each of them
     "−–—‐‑﹣": "-",
     "×✕": r"\times ",
     "·⋅∙•": r"\cdot ",
@@ -94,12 +94,14 @@ CHARACTERS = {
     "；": ";",
     "\u00a0\u2009\u202f\u2002\u2003\u200b": " ",
 }
-CHARACTERS = {ord(c): new for characters, new in CHARACTERS.items() for c in characters}
+# Code point: replacement, as str.translate() takes it.
+CHARACTERS = {ord(c): new for characters, new in REPLACEMENTS.items() for c in characters}
 NAMES = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau"
-NAMES = f"{NAMES} upsilon phi chi psi omega".split()
-for _name, _small, _large in zip(NAMES, "αβγδεζηθικλμνξπρστυφχψω", "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΠΡΣΤΥΦΧΨΩ"):
-    CHARACTERS[ord(_small)] = rf"\{_name} "
-    CHARACTERS[ord(_large)] = rf"\{_name.capitalize()} "
+NAMES = f"{NAMES} upsilon phi chi psi omega".split()  # Greek letters, but omicron
+SMALL = "αβγδεζηθικλμνξπρστυφχψω"
+CAPITAL = "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΠΡΣΤΥΦΧΨΩ"
+CHARACTERS |= {ord(letter): rf"\{name} " for name, letter in zip(NAMES, SMALL)}
+CHARACTERS |= {ord(letter): rf"\{name.capitalize()} " for name, letter in zip(NAMES, CAPITAL)}
 RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ", "0123456789+-ni")
 LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙᵢ", "0123456789+-ni")
 RAISED_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ]+")

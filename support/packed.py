@@ -52,7 +52,7 @@ def build(
     for module in model.modules():
         for buffer in module.buffers(recurse=False):
             if buffer.is_floating_point():
-                buffer.fill_(torch.nan)  # one that nothing sets must not go unnoticed
+                buffer.fill_(torch.nan)  # so that a buffer that nothing sets gives NaN
         if module._non_persistent_buffers_set:
             model._init_weights(module)  # rotary frequencies: no checkpoint holds them
     return model
@@ -129,8 +129,8 @@ def stored_state(model) -> dict[str, torch.Tensor]:
 
 # ---- attention -----------------------------------------------------------------------------------
 
-# What transformers passes besides and what changes nothing here: there is no dropout, and rotary
-# embeddings are applied before.
+# Further arguments that transformers passes. They change nothing here: there is no dropout, and
+# rotary embeddings are applied before.
 WITHOUT_EFFECT = {"dropout", "position_ids", "use_cache", "output_attentions", "cache_position"}
 
 
@@ -144,9 +144,11 @@ def packed_attention(
     their cumulative sums from 0, int32, on the device. sliding_window: the number of tokens that a
     token sees, itself included; None: all before it.
 
-    GPU: one variable-length kernel. CPU: one call for all neighbours of the same length, which is
-    faster than padding (benchmarks/packing.py). plan_micro_batches() sorts by length, so equal
-    lengths are neighbours. NotImplementedError for anything else that would change the result.
+    GPU: one kernel for sequences of different lengths. CPU: one call for each run of neighbours of
+    the same length, which is faster than padding (benchmarks/packing.py). plan_micro_batches()
+    sorts by length, so equal lengths are neighbours.
+
+    NotImplementedError if the call has an argument that would change the result in another way.
     """
     if micro_batch is None:
         raise NotImplementedError("its layers do not pass the lengths of the sequences on")

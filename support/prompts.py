@@ -1,4 +1,4 @@
-"""From messages to the text of a prompt: the chat template, and what it silently loses."""
+"""From messages to the text of a prompt: the chat template, and checks of what it makes."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ RESERVED = {
     *("add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length"),
     *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
-CHECKED = 8  # prompts of each set that are searched for lost text
+CHECKED = 8  # prompts of each set that template_warnings() gets
 
 
 def parse_template_kwargs(text: str) -> dict[str, Any]:
@@ -66,6 +66,7 @@ class Template:
             ) from None
 
     def apply(self, chat: Chat, kwargs: dict[str, Any]) -> str:
+        """The text of a prompt with these arguments. Any exception, because it is a program."""
         return self.tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=True, **kwargs
         )
@@ -75,30 +76,41 @@ def has_system_message(chat: Chat) -> bool:
     return any(message["role"] in ("system", "developer") for message in chat)
 
 
-# ---- what a template loses -----------------------------------------------------------------------
+# ---- warnings ------------------------------------------------------------------------------------
 
 
 def template_warnings(template: Template, chats: list[Chat]) -> Iterator[str]:
-    """Parts of the prompts that the chat template silently loses or changes, and unused arguments.
-
-    Also problems that went through a chat template before: they would get a second one.
-
-    chats: some prompts, complete. A message is dropped if the prompt is the same with another text
-    in its place, and changed if the prompt does not contain its text, up to white space. (Leaving
-    the message out would not show it: a template may have the same text as its default.) The
-    answers of earlier turns may differ: templates remove their thoughts. An argument has no effect
-    if every prompt is the same without it.
-    """
+    """Warnings about these prompts, each a sentence or two. chats: some prompts, complete."""
     texts = [template.render(chat, "a prompt") for chat in chats]
-    if token := rendered_token(template.tokenizer, chats):
+    yield from special_token_warnings(template.tokenizer, chats)
+    yield from message_warnings(template, chats, texts)
+    yield from argument_warnings(template, chats, texts)
+
+
+def special_token_warnings(tokenizer, chats: list[Chat]) -> Iterator[str]:
+    """Problems that hold a special token: they went through a chat template before."""
+    added = tokenizer.added_tokens_decoder.values()
+    special = [str(token) for token in added if token.special]
+    texts = [message["content"] for chat in chats for message in chat if message["role"] == "user"]
+    token = next((token for token in special for text in texts if token in text), None)
+    if token:
         yield (
             f"the problems contain {token!r}, a special token of the model, as if they were in "
             "its chat template already; the template is applied on top of it. Give the texts alone"
         )
+
+
+def message_warnings(template: Template, chats: list[Chat], texts: list[str]) -> Iterator[str]:
+    """Messages that the chat template drops or changes. texts: the rendered chats.
+
+    Answers of earlier turns do not count: templates remove their thoughts.
+    """
     lost = {}  # (role, verb) -> an example
     for chat, text in zip(chats, texts):
         for message in chat:
-            if message["role"] != "assistant" and (verb := fate(template, message, chat, text)):
+            if message["role"] == "assistant":
+                continue
+            if verb := treatment(template, message, chat, text):
                 lost.setdefault((message["role"], verb), message["content"])
     for (role, verb), content in lost.items():
         remedy = "correct chat_template.jinja in the folder of the model"
@@ -110,6 +122,10 @@ def template_warnings(template: Template, chats: list[Chat]) -> Iterator[str]:
         yield (
             f"the chat template of --model {verb} the {role} message {shorten(content)}; {remedy}"
         )
+
+
+def argument_warnings(template: Template, chats: list[Chat], texts: list[str]) -> Iterator[str]:
+    """Arguments of --chat-template-kwargs without which every prompt is the same."""
     for name in template.kwargs:
         others = {key: value for key, value in template.kwargs.items() if key != name}
         if all(is_same(template, chat, others, text) for chat, text in zip(chats, texts)):
@@ -120,18 +136,12 @@ def template_warnings(template: Template, chats: list[Chat]) -> Iterator[str]:
             )
 
 
-def rendered_token(tokenizer, chats: list[Chat]) -> str:
-    """A special token that is written out in a user's message; "" if there is none."""
-    added = tokenizer.added_tokens_decoder.values()
-    special = [str(token) for token in added if token.special]
-    texts = [message["content"] for chat in chats for message in chat if message["role"] == "user"]
-    return next((token for token in special for text in texts if token in text), "")
+def treatment(template: Template, message: dict, chat: Chat, text: str) -> str:
+    """What the template does to a message of the chat: "drops", "changes", or "" if it keeps it.
 
-
-def fate(template: Template, message: dict, chat: Chat, text: str) -> str:
-    """ "drops" if a message has no effect on the rendered text, "changes" if it is not part of it.
-
-    "" if neither, or if the message is empty.
+    A message is dropped if another text in its place gives the same prompt. (A prompt without the
+    message would not show it: the template may have the same text as its default.) It is changed
+    if the prompt does not contain its text, up to white space. An empty message is kept.
     """
     content = message["content"].strip()
     if not content:
@@ -143,7 +153,7 @@ def fate(template: Template, message: dict, chat: Chat, text: str) -> str:
 
 
 def is_same(template: Template, chat: Chat, kwargs: dict[str, Any], text: str) -> bool:
-    """Whether a chat and these arguments give the text too. A template that fails does not."""
+    """Whether the chat with these arguments gives this text. False if the template fails."""
     try:
         return template.apply(chat, kwargs) == text
     except Exception:  # a template is a program and can raise anything
@@ -156,6 +166,7 @@ def contains(text: str, part: str) -> bool:
 
 
 def shorten(text: str) -> str:
+    """The text in quotes, at most 60 characters of it."""
     return repr(text if len(text) <= 60 else text[:60] + "...")
 
 

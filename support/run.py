@@ -1,4 +1,4 @@
-"""One run: its folder, its position, what it prints and logs, when it saves, how it ends."""
+"""One run: its folder and its position, what it prints, logs and saves, and how it ends."""
 
 import contextlib
 import itertools
@@ -45,8 +45,9 @@ def problems_id(problems: list[Problem]) -> str:
 class Run:
     """`with Run(...) as run:` holds the output folder, its lock, signal handlers and workers.
 
-    It releases them when the block ends, for whatever reason. A signal ends the run with a
-    checkpoint of the last whole step: the step in progress has not touched the weights.
+    It releases them when the block ends, with or without an exception. A signal ends the run with a
+    checkpoint of the last whole step. The step in progress is dropped, or finished if it has
+    changed the weights already.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Run:
                 self.handlers.close()
 
     def close_at_end(self, resource: Any) -> Any:
+        """Close the resource when the run ends. Returns the resource."""
         self.resources.callback(resource.close)
         return resource
 
@@ -229,8 +231,8 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The steps that are still to do.
 
-        The first one is only to be evaluated if the step is trained and its evaluation is missing:
-        after a signal during that evaluation, or if the last step has none (find_unevaluated).
+        The first one may be trained already. Then only its evaluation is missing, because a signal
+        ended the run during that evaluation, or because the step had none (find_unevaluated).
         """
         signals.install_signals(self.handlers)  # before this point there is nothing to save
         first = self.step + (self.pending is None)
@@ -241,6 +243,7 @@ class Run:
             yield step
 
     def open_bar(self) -> None:
+        """Show the progress bar on rank 0."""
         self.bar = tqdm(
             initial=self.step,
             total=self.cfg.steps,
@@ -258,7 +261,7 @@ class Run:
     # ---- a step ----------------------------------------------------------------------------------
 
     def end_step(self, cursor: int, responses, dropped, rewards, advantages, stats) -> None:
-        """Record the step: its weights are updated, so a checkpoint made now holds it.
+        """Record the step. The weights are updated, so a checkpoint made now contains the step.
 
         dropped: responses that were sampled and graded, but not trained.
         """
@@ -337,9 +340,11 @@ class Run:
     # ---- the end ---------------------------------------------------------------------------------
 
     def save(self) -> None:
+        """Write a checkpoint, in the background where the memory allows it."""
         self.saver.save(self.position, self.policy, self.optimizer)
 
     def save_if_due(self, step: int) -> None:
+        """save() at every --save-every-th step and after the last."""
         every = self.cfg.save_every
         if every and step and self.is_due(step, every):
             self.save()
