@@ -13,11 +13,12 @@ from effects import (
     TRUNCATED,
     TRUNCATED_LATE,
     Measure,
+    clipped_counts,
     effect,
     show,
     sign,
+    token_shares,
 )
-from figures import clipped_counts, token_shares
 from grid import DEFINITIONS, LIMITS, LONG, PAIR, STEPS, where
 from tables import Results
 

@@ -7,7 +7,7 @@ mean over them, seed by seed. An interval is Student's, 95 %, over the seeds.
 
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -244,6 +244,36 @@ def at_common_rate(rows: Rows, environment: str, method: str) -> str:
     return common if (environment, common) in rows else f"tuned {method}"
 
 
+# ---- clipped tokens ------------------------------------------------------------------------------
+
+
+def clipped_counts(rows: Rows, environment: str, setting: str) -> dict[str, Counter]:
+    """How often each token was clipped on each side, summed over seeds."""
+    counts = {"low": Counter(), "high": Counter()}
+    for row in rows.get((environment, setting), {}).values():
+        for side, tokens_of_run in row["clipped"].items():
+            counts[side].update(dict(tokens_of_run))
+    return counts
+
+
+def token_shares(counts: list[dict[str, Counter]]) -> tuple[float, float]:
+    """(% of the clipped tokens that are digits or "boxed", % clipped on the low side)."""
+    both = sum((sides["low"] + sides["high"] for sides in counts), Counter())
+    low = sum(sides["low"].total() for sides in counts)
+    known = sum(n for token, n in both.items() if token.isdigit() or token == "\\boxed{")
+    return 100 * known / both.total(), 100 * low / both.total()
+
+
+def most_clipped(counts: list[dict[str, Counter]], number: int) -> list[str]:
+    """The tokens with the largest share of the clipped ones, summed over environments."""
+    shares = Counter()
+    for sides in counts:
+        both = sides["low"] + sides["high"]
+        for token, times in both.items():
+            shares[token] += times / both.total()
+    return [token for token, _ in shares.most_common(number)]
+
+
 # ---- words ---------------------------------------------------------------------------------------
 
 NAMES = {
@@ -265,6 +295,12 @@ def label_of(setting: str) -> str:
     method, comma, rest = name.partition(",")
     suffix = ", common rate" if setting.startswith("common ") else ""
     return NAMES.get(method, method) + comma + rest + at + rate + suffix
+
+
+def in_brackets(label: str) -> str:
+    """DAPO, no resampling -> DAPO (no resampling)"""
+    name, comma, rest = label.partition(", ")
+    return f"{name} ({rest})" if comma else name
 
 
 def verdict(effects: dict[str, list[float]], digits: int = 1, unit: str = "points") -> str:

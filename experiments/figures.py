@@ -4,7 +4,6 @@ Every title is computed from the results, so it cannot contradict them.
 """
 
 import statistics
-import textwrap
 from collections import Counter
 from collections.abc import Callable
 
@@ -31,7 +30,6 @@ from drawing import (
     footer,
     forest,
     is_empty,
-    mark,
     named,
     new_figure,
     signs,
@@ -48,20 +46,23 @@ from effects import (
     Rows,
     accuracies,
     at_common_rate,
+    clipped_counts,
     cost,
     effect,
+    in_brackets,
     interval,
     label_of,
     level,
+    most_clipped,
     show,
     sign,
+    token_shares,
     verdict,
 )
 from grid import (
     CLIPS,
     DEFINITIONS,
     GRID,
-    ISOLATED,
     LIMITS,
     LONG,
     METHODS,
@@ -73,6 +74,7 @@ from grid import (
 )
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
+from overview import overview
 
 
 def pair_effects(rows: Rows, settings, baseline: str, environments, measure=ACCURACY) -> Effects:
@@ -81,73 +83,6 @@ def pair_effects(rows: Rows, settings, baseline: str, environments, measure=ACCU
     for series, these in zip((BASE, ALIGNED), environments):
         found[series] = [effect(rows, name, baseline, these, measure) for name in settings]
     return found
-
-
-# ---- the main figure -----------------------------------------------------------------------------
-
-
-def overview_answer(means: dict[str, list[float]]) -> str:
-    """Names the switches with a clear effect above 2 points, and the range of the others."""
-    large = {}
-    small = {}
-    for name, values in means.items():
-        mean = interval(values).mean
-        clear = sign(values) in "+-" and abs(mean) > 2
-        (large if clear else small)[name] = mean
-    parts = []
-    if large:
-        names = " and ".join(f"{name} {mean:+.1f}" for name, mean in large.items())
-        parts.append(f"{names[0].upper()}{names[1:]} points")
-    if small:
-        which = "every other switch" if large else "Every switch"
-        parts.append(f"{which} between {min(small.values()):+.1f} and {max(small.values()):+.1f}")
-    return "; ".join(parts)
-
-
-def overview(rows: Rows, environments: list[str] | None = None, settings=ISOLATED) -> Figure | None:
-    """The effect of each switch against the first setting, in each environment and over all."""
-    environments = environments or GRID
-    baseline, *others = settings
-    means = {name: effect(rows, name, baseline, environments) for name in others}
-    means = {name: values for name, values in means.items() if values}
-    if not means:
-        return None
-    height = 1.9 + 0.26 * len(environments)
-    figure = new_figure(overview_answer(means), 2.3 + 1.33 * len(means), height)
-    panels = figure.subplots(1, len(means), sharey=True, sharex=True, squeeze=False)[0]
-    places = [i + (i // 4) * 0.5 for i in range(len(environments))]
-    bottom = places[-1] + 1.6
-    for axes, (name, mean) in zip(panels, means.items()):
-        for env, y in zip(environments, places):
-            if values := effect(rows, name, baseline, [env]):
-                mark(axes, values, y, ALIGNED if "aligned" in env else BASE)
-        draw_mean(axes, mean, bottom)
-        axes.set_title(column_title(name, mean), fontsize=10)
-    panels[0].set_yticks([*places, bottom], [*environments, "mean of all"], fontsize=9.5)
-    panels[0].set_ylim(bottom + 0.8, -0.7)
-    aligned = any("aligned" in env for env in environments)
-    kinds = "; circles: base, squares: aligned" if aligned else ""
-    footer(
-        figure,
-        f"{POINTS}, against {label_of(baseline)}\n{MARKS}{kinds}; diamonds: mean of all",
-    )
-    return figure
-
-
-def column_title(name: str, values: list[float]) -> str:
-    mean, low, high = interval(values)
-    lines = textwrap.wrap(label_of(name), 13)
-    return "\n".join([*lines, f"{mean:+.1f}", f"[{low:+.1f}, {high:+.1f}]"])
-
-
-def draw_mean(axes, values: list[float], y: float) -> None:
-    mean, low, high = interval(values)
-    axes.fill([low, mean, high, mean], [y, y - 0.35, y, y + 0.35], color="black")
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.axhline(y - 0.85, color="grey", linewidth=0.6)
-    axes.grid(axis="x", alpha=0.25)
-    axes.tick_params(labelsize=9)
-    axes.tick_params(axis="y", length=0)
 
 
 # ---- one question each ---------------------------------------------------------------------------
@@ -245,33 +180,6 @@ def clip(rows: Rows) -> Figure | None:
     add_legend(left, accuracy)
     footer(figure, f"{MARKS}; 8 optimizer steps per rollout, medium small")
     return figure
-
-
-def clipped_counts(rows: Rows, environment: str, setting: str) -> dict[str, Counter]:
-    """How often each token was clipped on each side, summed over seeds."""
-    counts = {"low": Counter(), "high": Counter()}
-    for row in rows.get((environment, setting), {}).values():
-        for side, tokens_of_run in row["clipped"].items():
-            counts[side].update(dict(tokens_of_run))
-    return counts
-
-
-def token_shares(counts: list[dict[str, Counter]]) -> tuple[float, float]:
-    """(% of the clipped tokens that are digits or "boxed", % clipped on the low side)."""
-    both = sum((sides["low"] + sides["high"] for sides in counts), Counter())
-    low = sum(sides["low"].total() for sides in counts)
-    known = sum(n for token, n in both.items() if token.isdigit() or token == "\\boxed{")
-    return 100 * known / both.total(), 100 * low / both.total()
-
-
-def most_clipped(counts: list[dict[str, Counter]], number: int) -> list[str]:
-    """The tokens with the largest share of the clipped ones, summed over environments."""
-    shares = Counter()
-    for sides in counts:
-        both = sides["low"] + sides["high"]
-        for token, times in both.items():
-            shares[token] += times / both.total()
-    return [token for token, _ in shares.most_common(number)]
 
 
 def written(token: str) -> str:
@@ -439,12 +347,6 @@ def parts(rows: Rows) -> Figure | None:
     add_legend(axes, found)
     footer(figure, f"{MARKS}; mean of the environments of the main grid")
     return figure
-
-
-def in_brackets(label: str) -> str:
-    """DAPO, no resampling -> DAPO (no resampling)"""
-    name, comma, rest = label.partition(", ")
-    return f"{name} ({rest})" if comma else name
 
 
 def method_effects(rows: Rows) -> dict[str, dict[Series, list[float]]]:

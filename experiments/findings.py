@@ -24,13 +24,14 @@ from effects import (
     TRUNCATED,
     TRUNCATED_LATE,
     at_common_rate,
+    clipped_counts,
     effect,
+    in_brackets,
     interval,
     label_of,
     show_effect,
     show_level,
 )
-from figures import clipped_counts, in_brackets
 from grid import (
     CLIPS,
     DEFINITIONS,

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import appendix
-import figures
+import overview
 from drawing import DPI
 from effects import (
     ACCURACY,
@@ -150,6 +150,6 @@ def draw(results: Results, path: Path, folder: Path) -> None:
     settings = dict.fromkeys([BASELINE])
     for question in found:
         settings |= dict.fromkeys(name for name in question.settings if not swept(name))
-    if figure := figures.overview(rows, environments, list(settings)):
+    if figure := overview.overview(rows, environments, list(settings)):
         figure.savefig(folder / "overview.png", dpi=DPI)
     path.write_text(page(results, folder.relative_to(path.parent).as_posix()), encoding="utf-8")

@@ -25,6 +25,7 @@ import effects  # noqa: E402
 import figures  # noqa: E402
 import findings  # noqa: E402
 import grid  # noqa: E402
+import overview  # noqa: E402
 import plot  # noqa: E402
 import real  # noqa: E402
 import real_findings  # noqa: E402
@@ -417,8 +418,8 @@ def test_titles_follow_the_results():
 def test_the_title_of_the_overview_names_large_effects_only():
     means = {"a": [5.0, 5.1, 5.2], "b": NOTHING, "c": [0.4, 0.5, 0.6]}
     expected = "A +5.1 points; every other switch between +0.0 and +0.5"
-    assert figures.overview_answer(means) == expected
-    assert figures.overview_answer({"b": NOTHING}) == "Every switch between +0.0 and +0.0"
+    assert overview.overview_answer(means) == expected
+    assert overview.overview_answer({"b": NOTHING}) == "Every switch between +0.0 and +0.0"
 
 
 # ---- figures -------------------------------------------------------------------------------------
