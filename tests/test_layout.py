@@ -60,6 +60,13 @@ def test_readme_says_how_long_the_files_are():
         assert int(number.replace(",", "")) == pytest.approx(lines, rel=0.03), name
 
 
+def test_map_of_support_names_every_file_once():
+    rows = re.findall(r"^\| (`.*?`) \|", (ROOT / "support/README.md").read_text(), re.MULTILINE)
+    names = [name for row in rows for name in re.findall(r"`([a-z_]+\.py)`", row)]
+    files = {path.name for path in (ROOT / "support").glob("[a-z]*.py")}  # not __init__.py
+    assert sorted(names) == sorted(files)
+
+
 def test_functions_of_the_trainer_fit_on_a_screen():
     for node in ast.walk(ast.parse((ROOT / "lite_ppo.py").read_text())):
         if isinstance(node, ast.FunctionDef):
@@ -71,7 +78,7 @@ def test_functions_of_the_trainer_fit_on_a_screen():
 # ---- documents -----------------------------------------------------------------------------------
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-DOCUMENTS += [ROOT / "benchmarks/README.md", ROOT / "experiments/README.md"]
+DOCUMENTS += [ROOT / name / "README.md" for name in ("support", "benchmarks", "experiments")]
 
 
 def anchors(path: Path) -> set[str]:
