@@ -83,6 +83,9 @@ def same_quantity(gold: Quantity, answer: Quantity) -> bool:
         return False
     if (gold.unit ^ answer.unit) & SCALES:  # five and five million
         return False
+    for one, other in ((gold, answer), (answer, gold)):  # 45 degrees and 45 percent
+        if one.unit and r"\%" in other.value and r"\%" not in one.value:
+            return False
     values = gold.value, answer.value
     if same_text(*values):
         return True
@@ -289,19 +292,8 @@ def never_equal(gold, answer) -> bool:
 
 
 def same_symbol(gold, answer) -> bool:
-    """Two names, or a name and a product of letters: the same letters, in the same case."""
-    return sorted(letters_of(gold)) == sorted(letters_of(answer)) and bool(letters_of(gold))
-
-
-def letters_of(expression) -> list[str]:
-    """The letters of a name or of a product; a name with an index is one; [] for anything else."""
-    from sympy import E, Mul, Symbol
-
-    factors = expression.args if isinstance(expression, Mul) else [expression]
-    if not all(factor == E or isinstance(factor, Symbol) for factor in factors):
-        return []
-    names = ["e" if factor == E else factor.name for factor in factors]
-    return [part for name in names for part in ([name] if "_" in name else name)]
+    """A name and any expression: the same name, or the same value."""
+    return gold == answer or same_value(gold, answer)
 
 
 def short_chain(expression):
@@ -391,8 +383,7 @@ def same_solutions(gold, answer, float_rounding, precision) -> bool:
         return bool(solutions[0]) and sympy_expr_eq(*solutions, float_rounding, precision)
     ratio = (gold.lhs - gold.rhs) / (answer.lhs - answer.rhs)
     names = sorted(ratio.free_symbols, key=lambda symbol: symbol.name)
-    points = [{s: coordinate(s.name, signs, i) for i, s in enumerate(names)} for signs in range(4)]
-    factors = [value_at(stand_in(exact(ratio)), point) for point in points]
+    factors = [value_at(stand_in(exact(ratio)), point) for point in points_for(names)]
     if (
         None in factors
         or not factors[0]
@@ -488,8 +479,7 @@ def same_at_points(gold, answer, tolerance: float) -> bool:
     wide = wide if any(expression.has(Abs) for expression in pair) else []
     is_complex = bool(wide) or any(expression.has(I) for expression in pair)
     counted = []
-    for signs in range(4 if names else 1):
-        point = {name: coordinate(name.name, signs, i) for i, name in enumerate(names)}
+    for signs, point in enumerate(points_for(names)):
         point |= {name: point[name] + I for name in wide}
         values = [value_at(expression, point) for expression in pair]
         if None in values:
@@ -516,13 +506,30 @@ def certainly_differ(gold, answer, point) -> bool:
     return bool(value)
 
 
-def coordinate(name: str, signs: int, place: int):
-    """A fraction between 0.3 and 3.3 that depends on the name; negative for some signs."""
+def points_for(names: list) -> list[dict]:
+    """Points for variables: all positive, all negative, then with both signs.
+
+    Any two variables have different signs at two points, each of them positive once: |a| b is not
+    a |b|.
+    """
+    if not names:
+        return [{}]
+    places = range(len(names))
+    negative = [[False for _ in places], [True for _ in places]]
+    for bit in range(max(1, (len(names) - 1).bit_length())):
+        negative += [[(i >> bit) % 2 == parity for i in places] for parity in (0, 1)]
+    return [
+        {name: coordinate(name.name, number, minus) for name, minus in zip(names, signs)}
+        for number, signs in enumerate(negative)
+    ]
+
+
+def coordinate(name: str, number: int, negative: bool):
+    """A fraction between 0.3 and 3.3, or below 0, that depends on the name and the number."""
     from sympy import Rational
 
-    number = Rational(3001 + zlib.crc32(f"{signs} {name}".encode()) % 30011, 10007)
-    negative = signs == 1 or (signs == 2 and place % 2 == 0) or (signs == 3 and place % 2 == 1)
-    return -number if negative else number
+    size = Rational(3001 + zlib.crc32(f"{number} {name}".encode()) % 30011, 10007)
+    return -size if negative else size
 
 
 def stand_in(expression):
@@ -537,8 +544,10 @@ def stand_in(expression):
     values = {}
     for part in expression.atoms(Sum, Product, Limit, Integral, Derivative):
         infinite = isinstance(part, Sum) and part.has(oo)  # evalf() would take seconds
-        found = part.doit() if part.free_symbols or infinite else part
-        if found.free_symbols and found.has(Sum, Product, Limit, Integral, Derivative):
+        unknown = part.has(AppliedUndef)
+        found = part.doit() if part.free_symbols or infinite or unknown else part
+        left = found.has(Sum, Product, Limit, Integral, Derivative)
+        if left and (found.free_symbols or unknown):
             found = Symbol(f"value of {part}")
         elif isinstance(part, Derivative) and not found.free_symbols:
             found = Symbol(f"value of {part}")

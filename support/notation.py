@@ -96,6 +96,12 @@ REPLACEMENTS = {  # characters: LaTeX or ASCII for each of them
 }
 # Code point: replacement, as str.translate() takes it.
 CHARACTERS = {ord(c): new for characters, new in REPLACEMENTS.items() for c in characters}
+BASES = {
+    name: str(base)
+    for base, name in enumerate(
+        "two three four five six seven eight nine ten eleven twelve".split(), 2
+    )
+}
 NAMES = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau"
 NAMES = f"{NAMES} upsilon phi chi psi omega".split()  # Greek letters, but omicron
 SMALL = "αβγδεζηθικλμνξπρστυφχψω"
@@ -160,6 +166,10 @@ SPELLINGS = [  # pattern, replacement: in this order
     ),
     (r"^=\s*", ""),
     (r"\\log\s*_\s*(?:e|\{\s*e\s*\})(?![A-Za-z])", r"\\ln "),
+    (
+        rf"_\s*(?:\{{\s*)?\\(?:text|mathrm)\s*\{{\s*({'|'.join(BASES)})\s*\}}(?:\s*\}})?",
+        lambda found: f"_{{{BASES[found[1]]}}}",
+    ),
     (r"\(\s*\\[bp]?mod\s*(\w+)\s*\)|\\pmod\s*\{?\s*(\w+)\s*\}?", r"\\pmod{\1\2}"),
     (r"\\operatorname\*?\{(sin|cos|tan|cot|sec|csc|log|ln|exp|gcd|lcm|max|min)\}", r"\\\1 "),
 ]
@@ -495,9 +505,14 @@ VECTOR = r"\\(?:vec|mathbf|boldsymbol|bm)"
 INVERTED = r"[A-Z]\s*\^\s*\{\s*-\s*1\s*\}"
 LITERAL = re.compile(
     r"'|\^T|!\s*!|\\ldots|\\(?:nabla|angle|triangle|parallel|perp|sim|cong|simeq|subset|subseteq"
-    r"|supset|supseteq|otimes|oplus|rtimes|ltimes|pmod|bmod|mid|nmid)(?![A-Za-z])"
+    r"|supset|supseteq|otimes|oplus|rtimes|ltimes|[pb]?mod|mid|nmid)(?![A-Za-z])"
     r"|(?<![_^\d])\d+\s+\d"  # numbers without a sign between them
     r"|[A-Za-z]\^\\circ"  # the interior of a set, degrees of a variable
+    r"|:[^:]*:|\d/\d+/\d"  # 3:4:5, a date
+    r"|^[A-Z]{3,}$"  # an order of letters
+    r"|[A-Z]\}?\s*\["  # E[X], Z[i]
+    r"|(?<!\\sqrt)\[(?=[^][(),]*\])[^][(),A-Za-z]*[A-Za-z]"  # [x] may be the floor of x
+    r"|(?<![\^\d])\d+\s*_|\\(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|exp)\s*_"  # 12_5 + 1
     rf"|{VECTOR}\s*\{{\w\}}(?:_\{{?\w\}}?)?\s*\\times|\\times\s*{VECTOR}"
     rf"|{INVERTED}\s*[A-Z]|(?<![A-Za-z])[A-Z]\s*{INVERTED}"  # matrices do not commute
     r"|(?<![\d.}])\d+/\d+\s*(?:(?!\s*(?:or|and)\b)[A-Za-z(]|\\(?:pi|sqrt|ln|sin|cos|frac)\b)"

@@ -186,6 +186,11 @@ EQUAL = [  # further pairs of gold answer and answer
     (r"\begin{bmatrix} a & b \\ c & d \end{bmatrix}", r"\begin{pmatrix}a&b\\c&d\end{pmatrix}"),
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{bmatrix} 1 \\[4pt] 2 \end{bmatrix}"),
     (r"\sum_{n=1}^\infty \frac{1}{n^2}", r"\frac{\pi^2}{6}"),
+    ("x", r"\frac{x^2}{x}"),
+    ("n", r"\frac{n!}{(n-1)!}"),
+    ("x|y|z", "z|y|x"),
+    (r"1011_2", r"1011_{\text{two}}"),
+    (r"45\%\text{ of students}", r"45\%"),
 ]
 DIFFERENT = [
     (r"4ab", "4"),
@@ -286,6 +291,22 @@ DIFFERENT = [
     (r"a \approx b", "a = b"),
     (r"a \equiv b", "a = b"),
     (r"\cos 90^\circ", r"\cos 90"),
+    ("8:7:3", "8:3:7"),
+    ("1/2/2020", "2/1/2020"),
+    ("a|b|c", "b|a|c"),
+    (r"\sqrt{a^2}bc", r"ab\sqrt{c^2}"),
+    (r"\int_0^1 f(x)\,dx", r"\int_1^2 f(x)\,dx"),
+    (r"\lim_{x\to 0} f(x)", r"\lim_{x\to 1} f(x)"),
+    (r"\overrightarrow{AB}", r"\overrightarrow{BA}"),
+    (r"\text{BADC}", r"\text{BACD}"),
+    ("BADC", "BACD"),
+    (r"3 \mod 4", r"3 \mod 5"),
+    ("E[X^2]", "E[X]^2"),
+    ("[x]", "x"),
+    ("101_2 + 11_2", "101 + 11"),
+    (r"\sin_q x", r"\sin x"),
+    (r"45^\circ", r"45\%"),
+    (r"45\%", r"\$45"),
 ]
 
 
