@@ -25,6 +25,7 @@ from support.notation import (
     compact,
     for_parser,
     is_literal,
+    same_unit,
     split_label,
     split_unit,
     tidy,
@@ -79,7 +80,7 @@ def same_word(gold: str, answer: str) -> bool:
 
 def same_quantity(gold: Quantity, answer: Quantity) -> bool:
     """Whether values are equal, and units where both have one."""
-    if gold.unit and answer.unit and not gold.unit & answer.unit:
+    if gold.unit and answer.unit and not same_unit(gold.unit, answer.unit):
         return False
     if (gold.unit ^ answer.unit) & SCALES:  # five and five million
         return False

@@ -159,7 +159,7 @@ SPELLINGS = [  # pattern, replacement: in this order
     (r"(?<![\d./^_])(\d+)\s+(\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}"),
     (r"(?<=\d)\s*(?:percent|\\text\s*\{\s*percent\s*\})\s*$", r"\\%"),
     (r"\\mathrm\s*\{\s*([ei])\s*\}", r"\1"),
-    (r"(?<![A-Za-z])([ap])\.\s?m(?![A-Za-z])\.?", r"\1m"),
+    (r"(?<![A-Za-z])([AaPp])\.\s?[Mm](?![A-Za-z])\.?", r"\1m"),
     (
         r"^(?:\\text\s*\{\s*)?(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is)?:?\s*\}?(?=[\s\d$\\:-]):?",
         "",
@@ -317,7 +317,7 @@ def compact(text: str) -> str:
 
 class Quantity(NamedTuple):
     value: str
-    unit: frozenset[str]  # words such as {"km", "h"}; empty: no unit
+    unit: frozenset[str]  # words with powers, such as {"km", "h-1"}; empty: no unit
 
 
 UNIT_NAMES = {
@@ -334,7 +334,7 @@ UNIT_NAMES = {
     "mg": "milligram",
     "lb": "pound",
     "oz": "ounce",
-    "l": "liter litre",
+    "l": "liter litre L",
     "ml": "milliliter millilitre",
     "s": "sec second",
     "min": "minute",
@@ -344,8 +344,6 @@ UNIT_NAMES = {
     "¢": "cent",
     "€": "euro",
     "deg": "degree",
-    "mph": "",
-    "kph": "kmh",
     "kw": "",
     "hz": "",
     "ev": "",
@@ -354,19 +352,21 @@ UNIT_NAMES = {
     "rad": "radian",
     "pm": "",
     "am": "",
-    "sq": "square",
-    "cu": "cubic",
+    "F": "fahrenheit",
+    "C": "celsius",
 }
 UNIT = {name: unit for unit, names in UNIT_NAMES.items() for name in [unit, *names.split()]}
+SPEEDS = re.compile(r"(?<![A-Za-z])(?:(mph)|kph|kmh)(?![A-Za-z])")
+POWERS = {"sq": 2, "square": 2, "cu": 3, "cubic": 3}
 NOT_UNITS = set(
     "if and or for when where is not no odd even only otherwise but with all any every none mod "
-    "iff then while both either such that exists sin cos tan cot sec csc log exp sqrt max min gcd "
-    "lcm inf infinity squared cubed factorial".split()
+    "iff then while both either such that exists least most more less fewer than sin cos tan cot "
+    "sec csc log exp sqrt max min gcd lcm inf infinity squared cubed factorial".split()
 ) | set(NAMES)
 IN_TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mbox|hbox|operatorname)\s*\{([^{}]*)\}"
 SCALES = set(
     "dozen hundred thousand million billion trillion half halve third quarter fourth fifth tenth "
-    "hundredth thousandth".split()
+    "hundredth thousandth k".split()
 )
 POWER = r"(?:\s*\^\s*\{?\s*-?\d(?:\s*\})?)?"  # each space in one place: fast on long texts
 TEXT_UNIT = re.compile(
@@ -374,7 +374,7 @@ TEXT_UNIT = re.compile(
     rf"|\s*\\frac\s*\{{\s*{IN_TEXT}{POWER}\s*\}}\s*\{{\s*{IN_TEXT}{POWER}\s*\}}$"
 )
 WORD_UNIT = re.compile(rf"(?<=[\d}})\s])\s*([A-Za-z]+(?:[ /]+[A-Za-z]+)*{POWER})$")
-DEGREES = re.compile(r"\s*\^\\circ\s*[CFK]?$")
+DEGREES = re.compile(r"\s*\^\\circ\s*([CFK]?)$")
 CURRENCY = re.compile(
     r"^(-?)\s*(?:\\?\$|\\text\{\s*\\?\$\s*\}|(€|\\euro)|(£|\\pounds)|([¥₹₽₩]))\s*"
 )
@@ -402,7 +402,7 @@ def split_unit(text: str) -> Quantity:
         return Quantity(currency[1] + text[currency.end() :], frozenset({sign}))
     degrees = DEGREES.search(text)
     if degrees and is_number(text[: degrees.start()]):
-        return Quantity(text[: degrees.start()], frozenset({"deg"}))
+        return Quantity(text[: degrees.start()], frozenset({"deg", *degrees[1]}))
     for pattern in (TEXT_UNIT, WORD_UNIT):
         found = pattern.search(text)
         value = trim(text[: found.start()]) if found else ""
@@ -424,29 +424,52 @@ def has_short_name(text: str) -> bool:
 
 
 def unit_words(text: str) -> frozenset[str]:
-    r"""The words of a unit in one spelling; empty if a word shows that the text is no unit."""
+    r"""The words of a unit in one spelling; empty if a word shows that the text is no unit.
+
+    A word has its power behind it, negative after a slash or "per": `km/h` is {"km", "h-1"}.
+    """
+    if r"\frac" in text:
+        text = re.sub(r"\}\s*\{", " / ", text)
     text = re.sub(rf"{FONT}|\\operatorname|\\frac|\\cdot|\\times|\\circ|\^(?=\s*\\circ)", " ", text)
     text = re.sub(r"[\s}]*\^\s*\{?\s*(-?\d)\s*\}?", r"\1", text)
-    text = re.sub(r"[{}]", " ", text)
-    words = re.findall(r"[A-Za-z]+-?\d?", text)
+    text = SPEEDS.sub(lambda found: "mi/h" if found[1] else "km/h", re.sub(r"[{}]", " ", text))
+    words = re.findall(r"/|[A-Za-z]+-?\d?", text)
     if any(word.lower() in NOT_UNITS for word in words) or re.search(r"[^A-Za-z\d\s/.-]", text):
         return frozenset()
-    spelled = [spell_unit(word) for word in words]
-    for size, power in (("sq", "2"), ("cu", "3")):
-        if size in spelled[:-1]:
-            place = spelled.index(size)
-            spelled[place : place + 2] = [spelled[place + 1] + power]
+    spelled, sign, size = [], 1, 1
+    for place, word in enumerate(words):
+        if word in ("/", "per"):
+            sign = -1
+        elif word in POWERS and place < len(words) - 1:
+            size = POWERS[word]
+        else:
+            spelled.append(spell_unit(word, sign * size))
+            size = 1
     return frozenset(spelled)
 
 
-def spell_unit(word: str) -> str:
-    """A unit in one spelling: lower case unless it has one letter, singular, abbreviated."""
-    letters, power = re.fullmatch(r"([A-Za-z]+)(-?\d?)", word).groups()
-    if len(letters) > 1:
-        letters = letters.lower()
-        if letters not in UNIT and letters.endswith("s") and len(letters) > 2:
-            letters = letters[:-1]
-    return UNIT.get(letters, letters) + power
+def spell_unit(word: str, factor: int) -> str:
+    """A unit in one spelling: singular, abbreviated, with its power times the factor.
+
+    It is in lower case, unless it has one letter or begins with M for mega.
+    """
+    name, power = re.fullmatch(r"([A-Za-z]+)(-?\d?)", word).groups()
+    if len(name) > 2 or len(name) == 2 and name[0] != "M":
+        name = name.lower()
+        if name not in UNIT and name.endswith("s") and len(name) > 2:
+            name = name[:-1]
+    power = int(power or 1) * factor
+    return UNIT.get(name, name) + (str(power) if power != 1 else "")
+
+
+def same_unit(one: frozenset[str], other: frozenset[str]) -> bool:
+    """Whether one has the words of the other, and the same measures such as km and h-1.
+
+    Fahrenheit and Celsius may be left out beside degrees.
+    """
+    units = [{word.rstrip("-1234567890"): word for word in unit} for unit in (one, other)]
+    measures = [{u[name] for name in u if name in UNIT and name not in ("F", "C")} for u in units]
+    return (one <= other or other <= one) and (not all(measures) or measures[0] == measures[1])
 
 
 LABEL = re.compile(rf"(?:{FONT}\s*\{{\s*)?\(?\s*([A-J])\s*\)\s*(\}}?)\s*")
@@ -516,6 +539,7 @@ LITERAL = re.compile(
     rf"|{VECTOR}\s*\{{\w\}}(?:_\{{?\w\}}?)?\s*\\times|\\times\s*{VECTOR}"
     rf"|{INVERTED}\s*[A-Z]|(?<![A-Za-z])[A-Z]\s*{INVERTED}"  # matrices do not commute
     r"|(?<![\d.}])\d+/\d+\s*(?:(?!\s*(?:or|and)\b)[A-Za-z(]|\\(?:pi|sqrt|ln|sin|cos|frac)\b)"
+    r"|\\\{[^{}]*\\\{|\([^()]*\\\{"  # sets in a set or in a tuple
     rf"|\\\{{(?:{NO_RELATION}|[^,={{}}<>|:\\A-Za-z])*[A-Za-z]"  # the fractional part of a variable
     rf"(?:{NO_RELATION}|[^,={{}}<>|:\\])*\\\}}"
 )

@@ -191,6 +191,13 @@ EQUAL = [  # further pairs of gold answer and answer
     ("x|y|z", "z|y|x"),
     (r"1011_2", r"1011_{\text{two}}"),
     (r"45\%\text{ of students}", r"45\%"),
+    ("60 mph", r"60\text{ miles per hour}"),
+    (r"9.8\text{ m/s}^2", r"9.8\text{ meters per square second}"),
+    (r"9.8\text{ m/s}^2", r"9.8\frac{\text{m}}{\text{s}^2}"),
+    (r"5^\circ F", r"5\text{ degrees Fahrenheit}"),
+    (r"5^\circ F", r"5^\circ"),
+    (r"7\text{ P.M.}", r"7\text{ pm}"),
+    ("5 marbles", "5 green marbles"),
 ]
 DIFFERENT = [
     (r"4ab", "4"),
@@ -307,6 +314,18 @@ DIFFERENT = [
     (r"\sin_q x", r"\sin x"),
     (r"45^\circ", r"45\%"),
     (r"45\%", r"\$45"),
+    (r"5\text{ m/s}", r"5\text{ m/s}^2"),
+    (r"5\text{ km/h}", r"5\text{ h/km}"),
+    (r"5 \frac{\text{km}}{\text{h}}", r"5 \frac{\text{h}}{\text{km}}"),
+    (r"5\text{ per hour}", r"5\text{ per day}"),
+    (r"5\text{ units up}", r"5\text{ units down}"),
+    (r"5\text{ mm}", r"5\text{ Mm}"),
+    (r"5^\circ C", r"5^\circ F"),
+    (r"5\text{ A.M.}", r"5\text{ P.M.}"),
+    ("5", r"5\text{k}"),
+    ("5", r"5\text{ at least}"),
+    (r"\{\{1\},\{2\}\}", r"\{1,2\}"),
+    (r"(1,\{2,3\})", "(1,(2,3))"),
 ]
 
 
