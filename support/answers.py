@@ -39,6 +39,7 @@ CLOSED_AT_INFINITY = re.compile(r"\[-\\infty|\\infty\]")
 MODULUS = re.compile(r"\|[^|]*(?<![A-Za-z\\])[zw](?![A-Za-z])[^|]*\|")
 BARE_LOG = r"\\log(?![A-Za-z])(?!\s*_)"
 ALTERNATIVE = re.compile(r"\\text\s*\{\s*or\s*\}|(?<![A-Za-z\\])or(?![A-Za-z])|\\(?:lor|vee)\b")
+PERCENT = re.compile(r"-?[^-+,%=<>]+\\%")
 ROUNDED = 5e-6  # relative difference of a number and its first six digits
 
 
@@ -249,12 +250,16 @@ class AnswerComparison:
 
     def parse(self, answer: str, real: bool):
         """The sympy expression of an answer; its text if the parser does not understand it."""
-        from sympy import Union
+        from sympy import Mul, Rational, UnevaluatedExpr, Union
         from sympy.logic.boolalg import BooleanAtom
 
         parts = [solution_set(self.parse(part, real)) for part in split_alternatives(answer)]
         if parts and None not in parts:
             return Union(*parts)
+        if PERCENT.fullmatch(answer):
+            number = self.parse(answer[:-2], real)
+            if getattr(number, "is_number", False):
+                return Mul(number, UnevaluatedExpr(Rational(1, 100)), evaluate=False)
         text = self.normalize_latex(for_parser(answer), self.spelling)
         for part in dict.fromkeys((text, self.last_equation(text))):
             try:

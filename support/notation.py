@@ -11,7 +11,7 @@ import re
 import unicodedata
 from typing import NamedTuple
 
-BRACE = re.compile(r"[{}]")
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 FONT = r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:bf|it|rm|sf|tt)|mbox|hbox|boldsymbol|bm)"
 SPACE = r"(?:\s|~|(?<!\\)\\[ ,;:!>]|\\q?quad(?![A-Za-z]))"
@@ -25,8 +25,9 @@ def last_boxed(text: str) -> str | None:
     Braces are balanced. Without braces, as in `\boxed 42`, the content is the text up to the next
     space or the end of the formula. None if there is no box, or if the last one is not closed.
     """
-    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    box = BOX.match(text, start) if start >= 0 else None
+    box = None
+    for found in BOX.finditer(text):
+        box = found
     if not box:
         return None
     if text[box.end() : box.end() + 1] != "{":
@@ -41,8 +42,8 @@ def closing_brace(text: str, opening: int) -> int | None:
     """Position of the brace that closes the one at `opening`; None if nothing closes it."""
     depth = 0
     for brace in BRACE.finditer(text, opening):
-        depth += 1 if brace.group() == "{" else -1
-        if depth == 0:
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0 and brace[0] == "}":
             return brace.start()
     return None
 
@@ -65,6 +66,27 @@ REPLACEMENTS = {  # characters: LaTeX or ASCII for each of them
     "∪": r"\cup ",
     "∩": r"\cap ",
     "∖": r"\setminus ",
+    "∣": "|",
+    "⟂⊥": r"\perp ",
+    "∥": r"\parallel ",
+    "∼": r"\sim ",
+    "≅": r"\cong ",
+    "⟨": r"\langle ",
+    "⟩": r"\rangle ",
+    "∂": r"\partial ",
+    "∇": r"\nabla ",
+    "ℓ": r"\ell ",
+    "ħℏ": r"\hbar ",
+    "∧": r"\land ",
+    "∨": r"\lor ",
+    "¬": r"\neg ",
+    "⇒": r"\Rightarrow ",
+    "⇔": r"\Leftrightarrow ",
+    "∀": r"\forall ",
+    "∃": r"\exists ",
+    "⊕": r"\oplus ",
+    "⊗": r"\otimes ",
+    "∘": r"\circ ",
     "∈": r"\in ",
     "∉": r"\notin ",
     "⊂": r"\subset ",
@@ -79,7 +101,8 @@ REPLACEMENTS = {  # characters: LaTeX or ASCII for each of them
     "′’ʹ": "'",
     "″": "''",
     "…": r"\ldots ",
-    "→": r"\to ",
+    "→⟶": r"\to ",
+    "⁄∕": "/",
     "∠": r"\angle ",
     "△": r"\triangle ",
     "⌊": r"\lfloor ",
@@ -112,8 +135,18 @@ RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ", "0123456789+-n
 LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙᵢ", "0123456789+-ni")
 RAISED_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ]+")
 LOWERED_RUN = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋ₙᵢ]+")
+FUNCTIONS = (
+    "arcsin arccos arctan sinh cosh tanh sqrt sin cos tan cot sec csc log ln exp gcd lcm max min"
+).split()
 ACCENTS = "bar|hat|vec|dot|ddot|tilde|overline|widehat|widetilde"
 ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
+
+TWO_ARGUMENTS = ("frac", "dfrac", "tfrac", "cfrac", "binom", "dbinom", "tbinom")
+ONE_ARGUMENT = f"sqrt|math(?:bb|cal|frak|scr|bf|rm)|{ACCENTS}"
+COMMAND = re.compile(rf"\\({'|'.join(TWO_ARGUMENTS)}|{ONE_ARGUMENT})(?![A-Za-z])(?:\s*\[[^][]*\])?")
+TOKEN = re.compile(
+    rf"\s*(\{{|\d|[A-Za-z]|\\(?!(?:{'|'.join(TWO_ARGUMENTS)}|{ONE_ARGUMENT}|text|begin))[A-Za-z]+)"
+)
 
 SPELLINGS = [  # pattern, replacement: in this order
     (r"\\(?:left|right|middle)\s*\.", ""),
@@ -122,7 +155,6 @@ SPELLINGS = [  # pattern, replacement: in this order
     (r"\\(?:tiny|small|large|Large|LARGE|huge|Huge)(?![A-Za-z])", ""),
     (r"\\(?:textcolor|color)\s*\{\w+\}", ""),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-    (r"\\frac\s+(\d)\s+(\d)", r"\\frac{\1}{\2}"),
     (r"\\(begin|end)\{bmatrix\}", r"\\\1{pmatrix}"),
     (r"\\\\\[\d*\.?\d+\s*(?:pt|em|ex|mm|cm)\]", r"\\\\"),
     (r"\\(?:varnothing)(?![A-Za-z])", r"\\emptyset"),
@@ -137,10 +169,18 @@ SPELLINGS = [  # pattern, replacement: in this order
     (r"\\rbrace(?![A-Za-z])", r"\\}"),
     (r"\\[lr]?vert(?![A-Za-z])", "|"),
     (r"\\[lr]?Vert(?![A-Za-z])|‖", r"\\|"),
-    (rf"\\({ACCENTS})\s*(\\[A-Za-z]+|(?<=\s)[A-Za-z])(?![A-Za-z{{])", r"\\\1{\2}"),
-    (r"\\sqrt\s*(?:(?<=\s)([A-Za-z])(?![A-Za-z])|(\d)(?!\d))", r"\\sqrt{\1\2}"),
+    (r"\{?([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}?", r"\\binom{\1}{\2}"),
+    (r"\\backslash(?![A-Za-z])", r"\\setminus "),
+    (r"(?<=[)\]}])\s*U\s*(?=[(\[])", r"\\cup "),
     (r"\\dag(?![A-Za-z])", r"\\dagger"),
     (r"(?<=[A-Za-z])\^\{([23])\}(?=\s*\})", r"^\1"),
+    (r"\\colon(?![A-Za-z])", ":"),
+    (r"\\wedge(?![A-Za-z])", r"\\land "),
+    (r"\\vee(?![A-Za-z])", r"\\lor "),
+    (r"\\lnot(?![A-Za-z])", r"\\neg "),
+    (r"\\(?:implies|Longrightarrow)(?![A-Za-z])", r"\\Rightarrow "),
+    (r"\\(?:iff|Longleftrightarrow)(?![A-Za-z])", r"\\Leftrightarrow "),
+    (r"\\(?:rightarrow|longrightarrow)(?![A-Za-z])", r"\\to "),
     (r"\\lbrack(?![A-Za-z])", "["),
     (r"\\rbrack(?![A-Za-z])", "]"),
     (r"\\(?:degree|degrees)(?![A-Za-z])|\\text\{\s*°\s*\}", r"^\\circ "),
@@ -156,22 +196,24 @@ SPELLINGS = [  # pattern, replacement: in this order
     (r"^-?\d{1,3}(?: \d{3})+$", lambda found: found[0].replace(" ", "")),
     (r"(?<!\\)\\[,;:>! ]|~|\\q?quad(?![A-Za-z])", " "),
     (r"\*\*(?!$)", "^"),
+    (r"\^\s*-\s*(\d+|[A-Za-z])", r"^{-\1}"),
+    (r"(?<=\d)\s*x\s*(?=10\s*\^)", r"\\times "),
     (r"(?<![\d./^_])(\d+)\s+(\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}"),
-    (r"(?<=\d)\s*(?:percent|\\text\s*\{\s*percent\s*\})\s*$", r"\\%"),
+    (r"(?<=[\d}])\s*(?:percent|\\text\s*\{\s*(?:percent|\\?%)\s*\})\s*$", r"\\%"),
     (r"\\mathrm\s*\{\s*([ei])\s*\}", r"\1"),
     (r"(?<![A-Za-z])([AaPp])\.\s?[Mm](?![A-Za-z])\.?", r"\1m"),
     (
         r"^(?:\\text\s*\{\s*)?(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is)?:?\s*\}?(?=[\s\d$\\:-]):?",
         "",
     ),
-    (r"^=\s*", ""),
+    (r"^(?:=|\\approx)\s*", ""),
     (r"\\log\s*_\s*(?:e|\{\s*e\s*\})(?![A-Za-z])", r"\\ln "),
     (
         rf"_\s*(?:\{{\s*)?\\(?:text|mathrm)\s*\{{\s*({'|'.join(BASES)})\s*\}}(?:\s*\}})?",
         lambda found: f"_{{{BASES[found[1]]}}}",
     ),
     (r"\(\s*\\[bp]?mod\s*(\w+)\s*\)|\\pmod\s*\{?\s*(\w+)\s*\}?", r"\\pmod{\1\2}"),
-    (r"\\operatorname\*?\{(sin|cos|tan|cot|sec|csc|log|ln|exp|gcd|lcm|max|min)\}", r"\\\1 "),
+    (rf"\\(?:operatorname\*?|mathrm|text)\s*\{{\s*({'|'.join(FUNCTIONS)})\s*\}}", r"\\\1 "),
 ]
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
 
@@ -180,9 +222,6 @@ SET_BUILDER = re.compile(
     r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid|:|\|)\s*([^:{}|]*(?:[<>]|\\[lg]e )"
     r"[^:{}|]*)\\\}"
 )
-FUNCTIONS = (
-    "arcsin arccos arctan sinh cosh tanh sqrt sin cos tan cot sec csc log ln exp gcd lcm max min"
-).split()
 FUNCTION = re.compile(rf"(?<![\\A-Za-z])({'|'.join(FUNCTIONS)})(?=\s*\()")
 PLAIN_NAME = re.compile(rf"(?<![\\A-Za-z{{_])({'|'.join(NAMES)})(?![A-Za-z])")
 INFINITE = re.compile(r"(?<![\\A-Za-z{])(?:infinity|inf|oo)(?![A-Za-z])", re.IGNORECASE)
@@ -193,13 +232,38 @@ THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 
 def tidy(text: str) -> str:
     """The answer in plain LaTeX, without spaces, full stops and math delimiters around it."""
-    text = unwrap(from_unicode(text))
+    text = with_braces(unwrap(from_unicode(text)))
     for pattern, new in SPELLINGS:
         text = pattern.sub(new, single_spaces(text))  # long runs of spaces take long to search
     text = from_code(unwrap(single_spaces(text)))
     text = trim(REPEATING.sub(repeating_decimal, text))
     condition = SET_BUILDER.fullmatch(text)
     return condition[2] if condition and condition[1] in condition[2] else text
+
+
+def with_braces(text: str) -> str:
+    r"""Arguments without braces get them, as TeX reads them: `\frac\pi2` is `\frac{\pi}{2}`.
+
+    An argument is a letter, a digit or a command. Two digits, as in `\sqrt12`, stay: many people
+    mean both. A fraction or a root gets braces as an exponent.
+    """
+    for command in reversed(list(COMMAND.finditer(text))):  # inner ones first
+        end = command.end()
+        count = 2 if command[1] in TWO_ARGUMENTS else 1
+        for left in reversed(range(count)):
+            token = TOKEN.match(text, end)
+            if not token or (left == 0 and re.match(r"\d\d", text[token.end() - 1 :])):
+                break
+            if token[1] != "{":
+                text = f"{text[: token.start()]}{{{token[1]}}}{text[token.end() :]}"
+            closing = closing_brace(text, text.index("{", token.start()))
+            if closing is None:
+                break
+            end = closing + 1
+        else:
+            if text[: command.start()].rstrip()[-1:] == "^":
+                text = f"{text[: command.start()]}{{{text[command.start() : end]}}}{text[end:]}"
+    return text
 
 
 def single_spaces(text: str) -> str:
@@ -309,7 +373,7 @@ def compact(text: str) -> str:
     text = re.sub(r"\\(?:text|textrm|mathrm|operatorname)\s*\{([A-Za-z]+)\}", r" \1", text)
     text = re.sub(r"(\\[A-Za-z]+)\s+(?=[A-Za-z])", r"\1{}", text)
     text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
-    return re.sub(r"([_^])\{(\w|\\[A-Za-z]+)\}", r"\1\2", text)
+    return re.sub(r"([_^])\{([\w+*-]|\\[A-Za-z]+)\}", r"\1\2", text)
 
 
 # ---- units, labels, words ------------------------------------------------------------------------
@@ -534,7 +598,7 @@ LITERAL = re.compile(
     r"|:[^:]*:|\d/\d+/\d"  # 3:4:5, a date
     r"|^[A-Z]{3,}$"  # an order of letters
     r"|[A-Z]\}?\s*\["  # E[X], Z[i]
-    r"|(?<!\\sqrt)\[(?=[^][(),]*\])[^][(),A-Za-z]*[A-Za-z]"  # [x] may be the floor of x
+    r"|(?<!\\sqrt)\[(?!\s*\\begin)(?=[^][(),]*\])[^][(),A-Za-z]*[A-Za-z]"  # [x] may be a floor
     r"|(?<![\^\d])\d+\s*_|\\(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|exp)\s*_"  # 12_5 + 1
     rf"|{VECTOR}\s*\{{\w\}}(?:_\{{?\w\}}?)?\s*\\times|\\times\s*{VECTOR}"
     rf"|{INVERTED}\s*[A-Z]|(?<![A-Za-z])[A-Z]\s*{INVERTED}"  # matrices do not commute

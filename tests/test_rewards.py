@@ -40,6 +40,8 @@ BOXES = {  # text: content of its last box
     r"\boxed {42}": "42",
     r"\fbox{42}": "42",
     r"\boxed \frac{1}{2}$ is it": r"\frac{1}{2}",
+    r"\boxed{\left\{ x \right.}": r"\left\{ x \right.",
+    r"\boxed{2} in a \boxedtext": "2",
     r"\boxed": None,
     r"\boxedtext{3}": None,
     "42": None,
