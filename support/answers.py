@@ -38,7 +38,8 @@ BASE = re.compile(r"\(?(\d[0-9A-F]*)\)?_(?:\{(\d+)\}|(\d+))")
 CLOSED_AT_INFINITY = re.compile(r"\[-\\infty|\\infty\]")
 MODULUS = re.compile(r"\|[^|]*(?<![A-Za-z\\])[zw](?![A-Za-z])[^|]*\|")
 BARE_LOG = r"\\log(?![A-Za-z])(?!\s*_)"
-ALTERNATIVE = re.compile(r"\\text\s*\{\s*or\s*\}|(?<![A-Za-z\\])or(?![A-Za-z])|\\(?:lor|vee)\b")
+WORD = r"\\text\s*\{{\s*{0}\s*\}}|(?<![A-Za-z\\]){0}(?![A-Za-z])|\\l{0}\b"
+OR, AND = re.compile(WORD.format("or")), re.compile(WORD.format("and"))
 PERCENT = re.compile(r"-?[^-+,%=<>]+\\%")
 ROUNDED = 5e-6  # relative difference of a number and its first six digits
 
@@ -176,6 +177,21 @@ def readings(gold: str, answer: str):
         yield tuple(re.sub(BARE_LOG, r"\\ln", text) for text in pair)
     if ", " in gold + answer and "," in gold and "," in answer:
         yield tuple(re.sub(r",\s*", ", ", text) for text in (gold, answer))
+    signs = tuple(both_signs(text) for text in pair)
+    if signs != pair:
+        yield signs
+
+
+def both_signs(text: str) -> str:
+    r"""Each item of a list that has one \pm as two items: 1 \pm x is 1 + x, 1 - x."""
+    inner = re.fullmatch(r"\\\{(.*)\\\}", text)
+    if inner:
+        return rf"\{{{both_signs(inner[1])}\}}"
+    found = []
+    for item in items(text):
+        one = item.count(r"\pm") == 1
+        found += [re.sub(r"\\pm\b", sign, item) for sign in "+-"] if one else [item]
+    return ",".join(found)
 
 
 class AnswerComparison:
@@ -200,6 +216,7 @@ class AnswerComparison:
         logging.getLogger("math_verify").setLevel(logging.ERROR)
         self.verify = math_verify.verify
         self.equation, self.relation = grader.Eq, (grader.Relational, grader.And)
+        self.set = grader.Set
         self.may_be_complex = grader.should_treat_as_complex
         self.last_equation = math_verify.parser.get_last_eq
         self.latex2sympy = parser.latex2sympy2.latex2sympy
@@ -237,25 +254,38 @@ class AnswerComparison:
         """
         gold, answer = common_name(short_chain(gold)), common_name(short_chain(answer))
         if has_names(gold) != has_names(answer):
+            gold, answer = separate(gold), separate(answer)
+        if has_names(gold) != has_names(answer):
             return False
-        if isinstance(gold, self.equation) and not isinstance(answer, self.relation):
+        gold, answer = without_arguments(gold, answer), without_arguments(answer, gold)
+        if isinstance(gold, self.equation) and isinstance(answer, self.equation):
+            if is_identity(gold) or is_identity(answer):
+                return same_sides(gold, answer)
+        elif isinstance(gold, self.equation) and not isinstance(answer, self.relation):
             if not is_name(gold.lhs):
                 return False
             gold = gold.rhs
         sets = [solution_set(expression) for expression in (gold, answer)]
         if None not in sets and not trivial(sets[0]):
             return gold.free_symbols == answer.free_symbols and sets[0] == sets[1]
+        if sets[0] is not None and isinstance(answer, self.set):
+            gold = sets[0]
+        elif sets[1] is not None and isinstance(gold, self.set):
+            answer = sets[1]
         options = dict(timeout_seconds=None, allow_set_relation_comp=True)
         return self.verify([gold], [answer], **options)
 
     def parse(self, answer: str, real: bool):
         """The sympy expression of an answer; its text if the parser does not understand it."""
-        from sympy import Mul, Rational, UnevaluatedExpr, Union
+        from sympy import Mul, Rational, UnevaluatedExpr
         from sympy.logic.boolalg import BooleanAtom
 
-        parts = [solution_set(self.parse(part, real)) for part in split_alternatives(answer)]
-        if parts and None not in parts:
-            return Union(*parts)
+        joined, texts = split_conditions(answer)
+        parts = [self.parse(text, real) for text in texts]
+        if parts and all(solution_set(part) is not None for part in parts):
+            whole = joined(*parts, evaluate=False)
+            whole._unsorted_args = parts  # as in the And of a chain
+            return whole
         if PERCENT.fullmatch(answer):
             number = self.parse(answer[:-2], real)
             if getattr(number, "is_number", False):
@@ -337,6 +367,33 @@ def common_name(expression):
     return FiniteSet(*[part.rhs for part in parts])
 
 
+def separate(expression):
+    """(x, y) = (1, 2) as the list x = 1, y = 2."""
+    from sympy import Eq, FiniteSet, Interval, Tuple
+
+    if not isinstance(expression, Eq) or not isinstance(expression.lhs, Tuple):
+        return expression
+    values = expression.rhs  # the parser takes (1, 2) for an interval
+    is_open = isinstance(values, Interval) and values.left_open and values.right_open
+    values = values.args[:2] if is_open else values.args
+    if len(values) != len(expression.lhs):
+        return expression
+    return FiniteSet(*[Eq(*pair, evaluate=False) for pair in zip(expression.lhs, values)])
+
+
+def without_arguments(expression, other):
+    """y(x) = 2 x as y = 2 x, if the other expression is an equation for y."""
+    from sympy import Eq
+    from sympy.core.function import AppliedUndef
+
+    if not isinstance(expression, Eq) or not isinstance(other, Eq):
+        return expression
+    if not isinstance(expression.lhs, AppliedUndef) or not other.lhs.is_Symbol:
+        return expression
+    is_same = str(expression.lhs.func) == other.lhs.name
+    return Eq(other.lhs, expression.rhs, evaluate=False) if is_same else expression
+
+
 def has_names(expression) -> bool:
     """Whether the expression is a list with equations, such as x = 2, y = 3."""
     from sympy import Eq, FiniteSet, Tuple
@@ -345,25 +402,50 @@ def has_names(expression) -> bool:
     return is_list and any(isinstance(part, Eq) for part in expression.args)
 
 
-def split_alternatives(text: str) -> list[str]:
-    """The parts of "x < 2 or x > 3"; empty if the text is no alternative of inequalities."""
-    parts = ALTERNATIVE.split(text)
-    return parts if len(parts) > 1 and all(re.search(r"[<>]|\\[lg]e ", p) for p in parts) else []
+def split_conditions(text: str) -> tuple:
+    """(Or, parts) of "x < 2 or x > 3"; (And, parts) likewise; (None, []) without inequalities."""
+    from sympy import And, Or
+
+    for kind, word in ((Or, OR), (And, AND)):
+        parts = word.split(text)
+        if len(parts) > 1:
+            relations = all(re.search(r"[<>]|\\(?:[lg]e|ne) ", part) for part in parts)
+            return (kind, parts) if relations else (None, [])
+    return None, []
 
 
 def solution_set(expression):
     """The numbers that satisfy inequalities in one variable; None for anything else."""
-    from sympy import Eq
+    from sympy import And, Eq, Intersection, Or, Union
     from sympy.core.relational import Relational
-    from sympy.logic.boolalg import And
 
-    parts = expression.args if isinstance(expression, And) else (expression,)
-    if not all(isinstance(part, Relational) and not isinstance(part, Eq) for part in parts):
+    if len(getattr(expression, "free_symbols", ())) != 1:
+        return None
+    if isinstance(expression, (And, Or)):
+        parts = [solution_set(part) for part in expression.args]
+        whole = Union if isinstance(expression, Or) else Intersection
+        return None if None in parts else whole(*parts)
+    if not isinstance(expression, Relational) or isinstance(expression, Eq):
         return None
     try:
-        return expression.as_set() if len(expression.free_symbols) == 1 else None
+        return expression.as_set()
     except Exception:  # sympy raises many types for what it cannot solve
         return None
+
+
+def is_identity(equation) -> bool:
+    """Whether an equation has no variables, or holds for all of their values."""
+    from sympy import Expr
+
+    if not isinstance(equation.lhs, Expr) or not isinstance(equation.rhs, Expr):
+        return False
+    return not equation.free_symbols or same_value(equation.lhs, equation.rhs)
+
+
+def same_sides(gold, answer) -> bool:
+    """Whether two equations have the same left and right sides, or each other's."""
+    sides = (answer.lhs, answer.rhs), (answer.rhs, answer.lhs)
+    return any(same_value(gold.lhs, a) and same_value(gold.rhs, b) for a, b in sides)
 
 
 def trivial(numbers) -> bool:
@@ -484,6 +566,7 @@ def same_at_points(gold, answer, tolerance: float) -> bool:
     wide = [s for s in names if not s.is_real and s.name[0] in "zw"]
     wide = wide if any(expression.has(Abs) for expression in pair) else []
     is_complex = bool(wide) or any(expression.has(I) for expression in pair)
+    pair = pair if is_complex else [with_real_roots(expression) for expression in pair]
     counted = []
     for signs, point in enumerate(points_for(names)):
         point |= {name: point[name] + I for name in wide}
@@ -498,6 +581,18 @@ def same_at_points(gold, answer, tolerance: float) -> bool:
     if counted and tolerance == AGREE:
         return not certainly_differ(*pair, counted[0])
     return bool(counted) or pair[0].doit() == pair[1].doit()
+
+
+def with_real_roots(expression):
+    """The expression with real cube roots, fifth roots and so on of negative numbers."""
+    from sympy import Abs, Pow, sign
+
+    values = {}
+    for power in expression.atoms(Pow):
+        base, exponent = power.args
+        if exponent.is_Rational and exponent.q % 2 and exponent.q > 1:
+            values[power] = sign(base) ** (exponent.p % 2) * Abs(base) ** exponent
+    return expression.xreplace(values)
 
 
 def certainly_differ(gold, answer, point) -> bool:

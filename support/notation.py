@@ -170,6 +170,7 @@ SPELLINGS = [  # pattern, replacement: in this order
     (r"\\[lr]?vert(?![A-Za-z])", "|"),
     (r"\\[lr]?Vert(?![A-Za-z])|‖", r"\\|"),
     (r"\{?([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}?", r"\\binom{\1}{\2}"),
+    (r"(\\mathbb\{[A-Z]\})\s*-\s*(?=\\\{)", r"\1\\setminus "),
     (r"\\backslash(?![A-Za-z])", r"\\setminus "),
     (r"(?<=[)\]}])\s*U\s*(?=[(\[])", r"\\cup "),
     (r"\\dag(?![A-Za-z])", r"\\dagger"),
@@ -223,6 +224,16 @@ SET_BUILDER = re.compile(
     r"[^:{}|]*)\\\}"
 )
 FUNCTION = re.compile(rf"(?<![\\A-Za-z])({'|'.join(FUNCTIONS)})(?=\s*\()")
+CALLS = {  # code before a bracket: LaTeX in place of the brackets
+    r"\\sqrt": (r"\sqrt{", "}"),
+    r"\^": ("^{", "}"),
+    r"(?<![\\A-Za-z])[Aa]bs": ("|", "|"),
+    r"(?<![\\A-Za-z])floor": (r"\lfloor ", r"\rfloor "),
+    r"(?<![\\A-Za-z])ceil(?:ing)?": (r"\lceil ", r"\rceil "),
+    r"(?<![\\A-Za-z])cbrt": (r"\sqrt[3]{", "}"),
+    r"(?<![\\A-Za-z])factorial": ("(", ")!"),
+}
+CALLS = {re.compile(name + r"\s*\("): marks for name, marks in CALLS.items()}
 PLAIN_NAME = re.compile(rf"(?<![\\A-Za-z{{_])({'|'.join(NAMES)})(?![A-Za-z])")
 INFINITE = re.compile(r"(?<![\\A-Za-z{])(?:infinity|inf|oo)(?![A-Za-z])", re.IGNORECASE)
 E_NOTATION = re.compile(r"(?<![\w.\\])(\d+(?:\.\d+)?|\.\d+)[eE]([+-]?\d+)(?![\w.])")
@@ -330,16 +341,16 @@ def from_code(text: str) -> str:
     r"""Program code as LaTeX: sqrt(2), pi/2, x^(1/2), 1.6e-19. LaTeX stays as it is."""
     if re.search(r"\\text|\\math|\\operatorname", text):
         return text
-    text = FUNCTION.sub(r"\\\1", text)
+    text = FUNCTION.sub(r"\\\1", re.sub(r"(?<![\\A-Za-z])a(sin|cos|tan)(?=\s*\()", r"arc\1", text))
     text = INFINITE.sub(r"\\infty ", PLAIN_NAME.sub(r"\\\1 ", text))
     text = E_NOTATION.sub(r"\1 \\times 10^{\2}", text)
-    for opening in (r"\\sqrt\s*\(", r"\^\s*\("):
-        text = brackets_to_braces(text, re.compile(opening))
+    for opening, (left, right) in CALLS.items():
+        text = replace_brackets(text, opening, left, right)
     return text
 
 
-def brackets_to_braces(text: str, opening: re.Pattern) -> str:
-    """The bracket at the end of each match, and the one that closes it, as braces."""
+def replace_brackets(text: str, opening: re.Pattern, left: str, right: str) -> str:
+    """Each match, which ends in a bracket, as `left`, and the bracket that closes it as `right`."""
     begin = 0
     while found := opening.search(text, begin):
         depth = 1
@@ -350,7 +361,8 @@ def brackets_to_braces(text: str, opening: re.Pattern) -> str:
         begin = found.end()
         if not depth:
             inner = text[found.end() : end - 1]
-            text = f"{text[: found.end() - 1]}{{{inner}}}{text[end:]}"
+            text = text[: found.start()] + left + inner + right + text[end:]
+            begin = found.start() + len(left)
     return text
 
 

@@ -224,6 +224,21 @@ EQUAL = [  # further pairs of gold answer and answer
     ("∇f", r"\nabla f"),
     ("∣x∣", "|x|"),
     ("2⁄3", r"\frac{2}{3}"),
+    (r"\sqrt[3]{-8}", "-2"),
+    (r"\sqrt[3]{x^2}", "x^{2/3}"),
+    (r"\frac{1\pm\sqrt5}{2}", r"\frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2}"),
+    (r"\{1\pm\sqrt{5},-2\}", r"\{1+\sqrt5,1-\sqrt5,-2\}"),
+    ("(1,2)", r"x>1 \text{ and } x<2"),
+    ("1<x<2", "x > 1 and x < 2"),
+    ("x=3, y=5", "(x,y)=(3,5)"),
+    ("y(x)=x^2", "y = x^2"),
+    (r"\mathbb{R}\setminus\{1\}", r"\mathbb R - \{1\}"),
+    ("abs(x-1)+2", "|x-1|+2"),
+    ("floor(x)", r"\lfloor x \rfloor"),
+    ("factorial(5)", "120"),
+    ("cbrt(2)", r"\sqrt[3]{2}"),
+    ("atan(1/2)", r"\arctan\frac12"),
+    ("a^2-b^2=(a-b)(a+b)", "a^2-b^2=(a+b)(a-b)"),
 ]
 DIFFERENT = [
     (r"4ab", "4"),
@@ -352,6 +367,15 @@ DIFFERENT = [
     ("5", r"5\text{ at least}"),
     (r"\{\{1\},\{2\}\}", r"\{1,2\}"),
     (r"(1,\{2,3\})", "(1,(2,3))"),
+    (r"\sqrt[3]{-8}", "2"),
+    (r"x<1 \text{ or } x>2", r"y<1 \text{ or } y>2"),
+    (r"x<1 \text{ or } x>2", r"x<1 \text{ or } y>2"),
+    (r"x>1 \text{ and } x<2", "x>1 or x<2"),
+    ("x=3, y=5", "(x,y)=(5,3)"),
+    ("y(x)=x^2", "z=x^2"),
+    ("3^2+4^2=5^2", "5^2+12^2=13^2"),
+    (r"\sin^2 x+\cos^2 x=1", "(x+1)^2=x^2+2x+1"),
+    ("a^2-b^2=(a-b)(a+b)", "0=0"),
 ]
 
 
