@@ -40,6 +40,10 @@ MODULUS = re.compile(r"\|[^|]*(?<![A-Za-z\\])[zw](?![A-Za-z])[^|]*\|")
 BARE_LOG = r"\\log(?![A-Za-z])(?!\s*_)"
 WORD = r"\\text\s*\{{\s*{0}\s*\}}|(?<![A-Za-z\\]){0}(?![A-Za-z])|\\l{0}\b"
 OR, AND = re.compile(WORD.format("or")), re.compile(WORD.format("and"))
+RELATION = re.compile(
+    r"[=<>]|\\(?:[lg]e|ne|in|approx|equiv|sim|cong|subset|subseteq|to)(?![A-Za-z])"
+)
+NAMED = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'*(?:\([\w, ]*\))?\s*=\s*([^=<>]+)")
 PERCENT = re.compile(r"-?[^-+,%=<>]+\\%")
 ROUNDED = 5e-6  # relative difference of a number and its first six digits
 
@@ -65,7 +69,14 @@ def equal_answers(gold: str, answer: str) -> bool:
         if other == letter:
             return True
         gold, answer = gold_rest, rest
-    return bool(gold and answer) and same_quantity(split_unit(gold), split_unit(answer))
+    pair = without_name(gold, answer), without_name(answer, gold)
+    return all(pair) and same_quantity(*map(split_unit, pair))
+
+
+def without_name(text: str, other: str) -> str:
+    """x = 5 as 5, where the other answer has no name or relation."""
+    named = NAMED.fullmatch(text)
+    return named[1] if named and not RELATION.search(other) else text
 
 
 def same_text(gold: str, answer: str) -> bool:

@@ -627,11 +627,14 @@ INDEXED_SUM = re.compile(r"\\(?:sum|prod)\s*_\{\s*([A-Za-z])\s*=.*_(?:\1|\{[^{}]
 def is_literal(text: str) -> bool:
     r"""Whether the text has marks for which the parser has no meaning. Compare such text as text.
 
-    They are the marks of LITERAL, and sums over an index of a variable, such as sum_i x_i. LITERAL
+    They are the marks of LITERAL, sums over an index of a variable, such as sum_i x_i, and lists
+    of equations that name one of several variables twice: x=1, y=2 or x=2, y=1. LITERAL
     also has cross products, products with the inverse of a matrix, the fractional part \{x\}, and
     1/2x, which may be x/2 or 1/(2x).
     """
-    return bool(LITERAL.search(text) or INDEXED_SUM.search(text))
+    names = set(re.findall(r"([A-Za-z])\s*=", text))
+    repeated = len(names) > 1 and len(re.findall(r"[A-Za-z]\s*=", text)) > len(names)
+    return bool(repeated or LITERAL.search(text) or INDEXED_SUM.search(text))
 
 
 def for_parser(text: str) -> str:

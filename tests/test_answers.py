@@ -239,6 +239,11 @@ EQUAL = [  # further pairs of gold answer and answer
     ("cbrt(2)", r"\sqrt[3]{2}"),
     ("atan(1/2)", r"\arctan\frac12"),
     ("a^2-b^2=(a-b)(a+b)", "a^2-b^2=(a+b)(a-b)"),
+    ("A^T", "X = A^T"),
+    ("776_8", "x = 776_8"),
+    (r"60\text{ km/h}", "v = 60 km/h"),
+    ("B", "x = B"),
+    ("2x", "f'(x) = 2x"),
 ]
 DIFFERENT = [
     (r"4ab", "4"),
@@ -376,6 +381,8 @@ DIFFERENT = [
     ("3^2+4^2=5^2", "5^2+12^2=13^2"),
     (r"\sin^2 x+\cos^2 x=1", "(x+1)^2=x^2+2x+1"),
     ("a^2-b^2=(a-b)(a+b)", "0=0"),
+    (r"x=1,y=2 \text{ or } x=2,y=1", r"x=1,y=1 \text{ or } x=2,y=2"),
+    ("776_8", "x = 776_9"),
 ]
 
 
