@@ -579,7 +579,7 @@ def samplers_of(cfg: Config, cursor: int) -> OneSample:
     sampler = OneSample()
     scores = [0.0] * cfg.prompts_per_step * cfg.group_size
     actor = Actor(sampler, toy.make_tokenizer(), GivenScores([scores]))
-    lite_ppo.rollout(actor, PROBLEMS, cursor, cfg)
+    lite_ppo.rollout(actor, problem_set(20), cursor, cfg)
     return sampler
 
 
@@ -601,7 +601,7 @@ def test_rollout_samples_with_its_flags_and_evaluation_with_its_own():
     sampler = OneSample()
     actor = Actor(sampler, toy.make_tokenizer(), GivenScores([[0.0] * 6, [0.0] * 6] * 2))
     for _ in range(2):
-        lite_ppo.evaluate(actor, {"a": PROBLEMS[:2], "b": PROBLEMS[:2]}, cfg, NoRun())
+        lite_ppo.evaluate(actor, {"a": problem_set(2), "b": problem_set(2)}, cfg, NoRun())
     assert sampler.settings == [Sampling(3, 12, 0.4)] * 4
     assert sampler.seeds[:4] == sampler.seeds[4:]  # equal in every evaluation
     assert len(set(sampler.seeds)) == 4
