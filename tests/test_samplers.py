@@ -5,6 +5,7 @@ The vLLM helper process runs the tests whose names begin with test_sampler: see 
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, DynamicCache
 
 import lite_ppo
@@ -442,6 +443,39 @@ def test_stored_shapes_are_those_of_the_tensors(name, root):
     tensors = load_file(root / name / "model.safetensors")
     expected = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     assert models.stored_shapes(str(root / name)) == expected
+
+
+def test_weights_come_from_the_files_that_transformers_reads(root, tmp_path):
+    """Shards of an earlier model beside model.safetensors took its place, and counted too."""
+    folder = shutil.copytree(root / "tied", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    parts = {f"model-0000{i}-of-00002.safetensors": names[i - 1 :: 2] for i in (1, 2)}
+    for file, part in parts.items():
+        save_file({name: tensors[name] + 1 for name in part}, folder / file)
+    save_file({"layers.0.attention.wk.weight": torch.ones(3)}, folder / "consolidated.safetensors")
+    index = {name: file for file, part in parts.items() for name in part}
+    for added in (0, 1):
+        model = models.build_model(str(folder), torch.float32, "sdpa", CPU)
+        models.load_weights(model, str(folder))
+        assert all(torch.equal(model.state_dict()[n], tensors[n] + added) for n in names)
+        assert models.stored_shapes(str(folder)).keys() == tensors.keys()
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        text = json.dumps({"weight_map": index})
+        (folder / "model.safetensors.index.json").write_text(text)
+    (folder / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(UserError, match=r"model.safetensors.index.json is damaged"):
+        models.stored_shapes(str(folder))
+
+
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_adapter_is_refused(with_weights, root, tmp_path):
+    """Beside whole weights it was ignored; alone, its folder was called no model."""
+    if with_weights:
+        shutil.copytree(root / "tied", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(UserError, match=r"--model .* an adapter .*; merge it"):
+        models.load_tokenizer(str(tmp_path), 40)
 
 
 def test_final_model_keeps_precision_and_generation_config(root):
