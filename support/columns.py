@@ -40,6 +40,8 @@ ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "ground_truth", "
 WORKED_COLUMNS = ("solution", "completion")  # a worked solution, or the answer alone
 VERL_ANSWER = "reward_model.ground_truth"  # a row that has it is verl's
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "environment", "ipython")
+OPTION_COLUMNS = ("choices", "options")  # of questions with several answers to choose from
+IMAGE = re.compile(r"<image\d*>|<\|image(?:_pad)?\|>")  # what stands for an image in a text
 MAX_DEPTH = 64  # pickle, which sends rows to the workers, fails at some hundreds
 ABSENT = object()  # the value of a column that does not exist; None is a value
 
@@ -82,12 +84,27 @@ def find_problem(columns: dict, raw: Row, place: str, named: str) -> Chat:
     values = [columns[name] for name in names if name in columns]
     for value in values:
         if messages := to_messages(value, place):
+            check_options(columns, messages, place)
             return messages
     raise UserError(
         f'{place}: needs "problem" (or {quoted(PROBLEM_COLUMNS[1:])}), a non-empty string or a '
         f"list of messages; found {short(first(values))} in columns {names_in(raw)}; "
         "--problem-column names another"
     )
+
+
+def check_options(columns: dict, messages: Chat, place: str) -> None:
+    """UserError if a question comes with options to choose from and shows none of them."""
+    for name in OPTION_COLUMNS:
+        options = from_json(columns.get(name))
+        if isinstance(options, dict):
+            options = options.get("text")
+        texts = [o for o in options if isinstance(o, str)] if isinstance(options, list) else []
+        if texts and not any(text in message["content"] for text in texts for message in messages):
+            raise UserError(
+                f"{place}: the problem does not show its {name} {short(texts)}; write them into "
+                "it. If it is complete without them, --problem-column names its column"
+            )
 
 
 def find_answer(columns: dict, raw: Row, place: str, example: str, named: str) -> str:
@@ -224,7 +241,7 @@ def to_messages(value: Any, place: str) -> Chat | None:
     if decoded and isinstance(decoded, list) and all(map(is_message, decoded)):
         value = decoded
     if isinstance(value, str) and value.strip():
-        return [{"role": "user", "content": value}]
+        return [to_message({"role": "user", "content": value}, place)]
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
         return None
     chat = [to_message(message, place) for message in value]
@@ -254,7 +271,12 @@ def to_message(message: dict, place: str) -> dict[str, Any]:
             'rename it. The role of answers is "assistant": they are removed at the end'
         )
     others = {name: value for name, value in message.items() if value is not None}
-    return others | {"content": text_of(message["content"], place)}
+    text = text_of(message["content"], place)
+    if role == "user" and (found := IMAGE.search(text)):
+        raise UserError(
+            f"{place}: the prompt has an image ({found[0]}); only text is supported, remove the row"
+        )
+    return others | {"content": text}
 
 
 def text_of(content: Any, place: str) -> str:

@@ -1,7 +1,9 @@
 """From messages to the text of a prompt: the chat template, and checks of what it makes."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from typing import Any
 
 from support.columns import Chat
@@ -14,7 +16,13 @@ RESERVED = {
     *("add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length"),
     *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
-CHECKED = 8  # prompts of each set that template_warnings() gets
+CHECKED = 8  # prompts of each set that the warnings look at
+# Some templates (Llama 3, SmolLM3) write today's date into the prompt. Here it is always this one,
+# which is Llama 3's default: a run that is resumed on another day must have the same prompts.
+DATE = datetime(2024, 7, 26)
+ANSWER = "2 + 2 = 4"  # of the chat that shows how a response ends
+# How known data sets ask for the answer: GSM8K of verl, DAPO-Math-17k, R1-Zero and Countdown.
+OTHER_FORMATS = re.compile(r"""["'`“]####|Answer: \$Answer|<answer>""")
 
 
 def parse_template_kwargs(text: str) -> dict[str, Any]:
@@ -67,9 +75,8 @@ class Template:
 
     def apply(self, chat: Chat, kwargs: dict[str, Any]) -> str:
         """The text of a prompt with these arguments. Any exception, because it is a program."""
-        return self.tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=True, **kwargs
-        )
+        options = dict(tokenize=False, add_generation_prompt=True, strftime_now=DATE.strftime)
+        return self.tokenizer.apply_chat_template(chat, **options | kwargs)
 
 
 def has_system_message(chat: Chat) -> bool:
@@ -134,6 +141,53 @@ def argument_warnings(template: Template, chats: list[Chat], texts: list[str]) -
                 "chat template of --model does not use it, or this is its default; check the "
                 'spelling and the type (false, not "false"), or leave it out'
             )
+
+
+def end_warning(template: Template, eos_ids: list[int]) -> str:
+    """A warning if the token that ends a response in the chat template does not end one here.
+
+    Then the model was trained to write that token, and writes on after it. Otherwise "".
+    """
+    tokenizer = template.tokenizer
+    chat = [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": ANSWER}]
+    try:
+        kwargs = template.kwargs | dict(add_generation_prompt=False)
+        _, found, rest = template.apply(template.complete(chat), kwargs).rpartition(ANSWER)
+    except Exception:  # a template is a program and can raise anything
+        return ""
+    first = tokenizer(rest.strip(), add_special_tokens=False)["input_ids"][:1] if found else []
+    added = tokenizer.added_tokens_decoder
+    if not first or first[0] in eos_ids or first[0] not in added or not added[first[0]].special:
+        return ""
+    ends = [tokenizer.convert_ids_to_tokens(i) for i in eos_ids]
+    return (
+        f"the chat template of --model ends a response with {str(added[first[0]])!r}, and here "
+        f"only {', '.join(map(repr, ends))} ends one: the model may write on after its answer. "
+        f"Add the id {first[0]} to eos_token_id in generation_config.json"
+    )
+
+
+def format_warning(chats: list[Chat], reward: str) -> str:
+    r"""A warning if the prompts ask for the answer in another form than the reward reads, or "".
+
+    "math" and "exact" read the last \boxed{}; "exact" also the last line.
+    """
+    if reward not in ("math", "exact") or not chats:
+        return ""
+    reads = f"--reward {reward} reads the last \\boxed{{}}"
+    texts = [m["content"] for chat in chats for m in chat if m["role"] == "user"]
+    for text in texts:
+        if (found := OTHER_FORMATS.search(text)) and "\\boxed" not in text:
+            return (
+                f"the problems ask for the answer in another form ({found[0]}), and {reads}. "
+                "Remove that request from the problems, or give your own reward"
+            )
+    if reward == "math" and not any("\\boxed" in m["content"] for chat in chats for m in chat):
+        return (
+            f"no prompt asks for \\boxed{{}}, and {reads}. "
+            "Ask for it in the problems or in --system-prompt"
+        )
+    return ""
 
 
 def treatment(template: Template, message: dict, chat: Chat, text: str) -> str:

@@ -21,15 +21,23 @@ from support.checkpoints import (
     open_folder,
 )
 from support.clock import clock
-from support.data import Problem, ProblemSet
+from support.data import Problem, ProblemSet, long_answers, shared_problems
 from support.errors import RunError, Stopped, UserError
 from support.host import reclaim_memory
 from support.logs import Log, read_jsonl, sample_text
 from support.metrics import NOT_FINITE, rollout_metrics, speed_metrics
-from support.models import architectures, count_parameters, save_model
-from support.prompts import CHECKED, Template, id_problem, template_warnings
+from support.models import architectures, count_parameters, end_of_sequence_ids, save_model
+from support.prompts import (
+    CHECKED,
+    Template,
+    end_warning,
+    format_warning,
+    id_problem,
+    template_warnings,
+)
 from support.response import Response
 from support.rewards import reward_id
+from support.toy import is_toy
 from support.util import compute_device, compute_dtype, gather, seed_for
 from support.vllm_sampler import check_temperatures
 
@@ -64,6 +72,7 @@ class Run:
         self.train_set = train_set
         self.eval_sets = eval_sets
         self.template = Template(tokenizer, cfg)
+        self.eos_ids = end_of_sequence_ids(path, tokenizer)
         self.began = time.time()
         self.check_ids()
         self.main = dist.get_rank() == 0
@@ -159,9 +168,16 @@ class Run:
     def print_warnings(self) -> None:
         """What may differ from what the user expects."""
         cfg = self.cfg
-        sets = [self.train_set, *self.eval_sets.values()]
-        chats = [problem.chat for part in sets for problem in part.problems[:CHECKED]]
-        for warning in template_warnings(self.template, chats):
+        sets = [self.train_set.problems, *(part.problems for part in self.eval_sets.values())]
+        chats = [problem.chat for problems in sets for problem in problems[:CHECKED]]
+        warnings = [
+            *template_warnings(self.template, chats),
+            end_warning(self.template, self.eos_ids),
+            "" if is_toy(cfg.model) else format_warning(chats, cfg.reward),
+            "" if cfg.reward not in ("math", "exact") else long_answers(sets),
+            *[shared_problems(name, sets[0], held) for name, held in zip(self.eval_sets, sets[1:])],
+        ]
+        for warning in filter(None, warnings):
             self.print(f"warning: {warning}")
         if cfg.top_p < 1 or cfg.top_k:
             self.print(

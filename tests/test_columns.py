@@ -223,6 +223,8 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:..."}}
 BAD_PROMPTS = [  # value of "prompt", words of the message
     ([user([{"type": "text", "text": "see"}, IMAGE])], "prompt no text image_url only text remove"),
     ([user([{"type": "image"}])], "no text 'image'"),
+    ("<image>Find x.", "prompt has an image (<image>) only text remove"),
+    ([user("As <image 2> and <image2> show")], "(<image2>)"),
     ([user(7)], "no text: 7;"),
     ([user({"text": 1})], "no text"),
     ([{"role": "user"}], '"role" "content"'),
@@ -257,6 +259,20 @@ def test_error_names_the_place_of_an_unusable_prompt(prompt, words, tmp_path):
     message = str(error.value)
     assert message.startswith(f"{path}:1: ")
     assert missing_words(words, message) == []
+
+
+MMLU = {"question": "What is 1+1?", "choices": ["1", "2"], "answer": 1}
+
+
+def test_error_if_the_problem_does_not_show_its_options():
+    """MMLU: the model was asked without the choices."""
+    for row in (MMLU, MMLU | {"choices": {"text": ["one", "2"]}}):
+        with pytest.raises(UserError, match="place: the problem does not show its choices"):
+            columns.to_row(row | {"question": "What is it?"}, "place")
+    for changes in ({}, {"choices": []}, {"choices": None}, {"choices": [3, 4]}):
+        assert columns.to_row(MMLU | changes, "place").row["answer"] == "1"
+    row = {"question": "What?", "options": ["a", "b"], "answer": "a"}
+    assert columns.to_row(row, "place", Columns("question", "")).row["answer"] == "a"
 
 
 def test_error_names_a_column_of_images(tmp_path):

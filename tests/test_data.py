@@ -976,6 +976,25 @@ def test_rows_left_out_are_counted_for_each_set(tmp_path, tokenizer, hub):
     }
 
 
+def test_warning_counts_answers_that_are_long_texts():
+    """orca-math: `answer` is a worked solution without a mark, which no response equals."""
+    worked = "He has 2 apples and buys 3 more of them.\nSo he has 5 apples in the end."
+    rows = [{"answer": text} for text in ("5", r"\begin{pmatrix} 1 \\" + "\n" + r"2 \end{pmatrix}")]
+    problems = [data.Problem(row, [3]) for row in rows]
+    assert data.long_answers([problems]) == ""
+    warning = data.long_answers([problems, [data.Problem({"answer": worked}, [3])]])
+    assert missing_words("1 of 3 answers 'He has ####, --answer-column", warning) == []
+
+
+def test_warning_counts_evaluation_problems_that_are_trained():
+    first, second = ([{"role": "user", "content": text}] for text in ("1+1", "1+2"))
+    problems = [data.Problem({}, [3], chat) for chat in (first, second)]
+    assert data.shared_problems("dev", problems[:1], problems[1:]) == ""
+    spaced = data.Problem({}, [3], [first[0] | {"content": "1+1 "}])
+    warning = data.shared_problems("dev", problems, [spaced, data.Problem({}, [3], [])])
+    assert missing_words("1 of the 2 problems of dev also training problems", warning) == []
+
+
 def test_error_if_every_prompt_is_too_long(tmp_path, tokenizer):
     path = write(tmp_path, lines(*sums(600)))
     pattern = "some.jsonl: every prompt is longer than --max-prompt-tokens 2"
@@ -989,7 +1008,7 @@ class CountingTokenizer:
     def __init__(self):
         self.sizes = []
 
-    def apply_chat_template(self, chat, tokenize, add_generation_prompt):
+    def apply_chat_template(self, chat, **kwargs):
         return chat[-1]["content"]
 
     def __call__(self, texts, add_special_tokens):

@@ -128,6 +128,13 @@ def test_bad_arguments_are_an_error_before_anything_is_loaded():
         cli.check_config(Config(train_data="x", chat_template_kwargs="x"), 1)
 
 
+def test_template_that_writes_the_date_gives_the_same_prompt_every_day(tokenizer):
+    """Llama 3.2's gave other prompts on the next day, and the run could not be resumed."""
+    text = "{{ strftime_now('%d %b %Y') }} {{ messages[-1].content }}"
+    template = make_template(tokenizer, text, system_prompt="")
+    assert template.render([user("1")], "a prompt") == "26 Jul 2024 1"
+
+
 # ---- what a template loses -----------------------------------------------------------------------
 
 WARNINGS = [  # template, --chat-template-kwargs, messages, words of each warning
@@ -196,6 +203,7 @@ class Printed(run.Run):
     def __init__(self, cfg, tokenizer):
         self.cfg = cfg
         self.template = Template(tokenizer, cfg)
+        self.eos_ids = [tokenizer.eos_token_id]
         self.texts = []
         self.print = self.texts.append
 
@@ -203,13 +211,60 @@ class Printed(run.Run):
 @pytest.mark.parametrize("arguments,count", [([], 0), (["--system-prompt", "Add."], 1)])
 def test_toy_run_warns_only_of_a_system_prompt_that_is_given(arguments, count, tokenizer):
     cfg = cli.parse_config(Config, PRESETS, arguments)
-    problem = data.Problem({}, [3], Template(tokenizer, cfg).complete([user("1+1")]))
+    template = Template(tokenizer, cfg)
+    training, held_out = (
+        data.ProblemSet(
+            [data.Problem({"answer": "2"}, [3], template.complete([user(text)]))], Counter()
+        )
+        for text in ("2+0", "1+1")
+    )
     printed = Printed(cfg, tokenizer)
-    printed.train_set = data.ProblemSet([problem], Counter())
-    printed.eval_sets = {"toy": printed.train_set}
+    printed.train_set = training
+    printed.eval_sets = {"toy": held_out}
     printed.print_warnings()
     warnings = [text for text in printed.texts if "warning: the chat template" in text]
     assert len(warnings) == len(printed.texts) == count
+
+
+ENDS = [  # what follows the answer in the template, whether <eos> alone ends a response here
+    ("<eos>\n", True),
+    ("\n <pad>", False),
+    ("", True),
+    ("\n", True),
+    ("{{ 1 / 0 }}", True),
+]
+
+
+@pytest.mark.parametrize("end,fine", ENDS)
+def test_warning_if_the_end_of_the_template_ends_no_response(end, fine, tokenizer):
+    """Qwen3-8B-Base: the template ends a response with <|im_end|>, no file names it as an end."""
+    text = f"{{% for m in messages %}}<user>{{{{ m.content }}}}{end}{{% endfor %}}"
+    template = make_template(tokenizer, text)
+    warning = prompts.end_warning(template, [tokenizer.eos_token_id])
+    words = "" if fine else "'<pad>' only '<eos>' the id 0 eos_token_id generation_config.json"
+    assert bool(warning) != fine
+    assert missing_words(words, warning) == []
+
+
+BOXED = system(r"Use \boxed{}.")
+FORMATS = [  # messages, reward, words of the warning
+    ([BOXED, user("1+1")], "math", ""),
+    ([user("1+1")], "mine.py:score", ""),
+    ([user("1+1")], "exact", ""),  # it also reads the last line
+    ([user("1+1")], "math", r"no prompt asks for \boxed{} --system-prompt"),
+    ([BOXED, user('the final answer after "####".')], "math", '"#### last \\boxed{} Remove'),
+    ([BOXED, user('the final answer after "####".')], "exact", "--reward exact"),
+    ([BOXED, user("the form Answer: $Answer (without quotes)")], "math", "Answer: $Answer"),
+    ([BOXED, user("return it in <answer> </answer> tags")], "math", "<answer>"),
+    ([BOXED, user("#### Problem 3\nAnswer: $x$")], "math", ""),
+]
+
+
+@pytest.mark.parametrize("chat,reward,words", FORMATS)
+def test_warning_if_the_prompts_ask_for_a_form_that_the_reward_does_not_read(chat, reward, words):
+    warning = prompts.format_warning([chat], reward)
+    assert bool(warning) == bool(words)
+    assert missing_words(words, warning) == []
 
 
 # ---- token ids -----------------------------------------------------------------------------------
