@@ -43,7 +43,7 @@ OR, AND = re.compile(WORD.format("or")), re.compile(WORD.format("and"))
 RELATION = re.compile(
     r"[=<>]|\\(?:[lg]e|ne|in|approx|equiv|sim|cong|subset|subseteq|to)(?![A-Za-z])"
 )
-NAMED = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'*(?:\([\w, ]*\))?\s*=\s*([^=<>]+)")
+NAMED = re.compile(r"\\?[A-Za-z]+(?:\{\w\})?(?:_(?:\w|\{\w+\}))?'*(?:\([\w, ]*\))?\s*=\s*([^=<>]+)")
 PERCENT = re.compile(r"-?[^-+,%=<>]+\\%")
 ROUNDED = 5e-6  # relative difference of a number and its first six digits
 

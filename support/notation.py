@@ -119,12 +119,8 @@ REPLACEMENTS = {  # characters: LaTeX or ASCII for each of them
 }
 # Code point: replacement, as str.translate() takes it.
 CHARACTERS = {ord(c): new for characters, new in REPLACEMENTS.items() for c in characters}
-BASES = {
-    name: str(base)
-    for base, name in enumerate(
-        "two three four five six seven eight nine ten eleven twelve".split(), 2
-    )
-}
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+NUMBER_WORDS = {word: str(number) for number, word in enumerate(NUMBER_WORDS)}
 NAMES = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau"
 NAMES = f"{NAMES} upsilon phi chi psi omega".split()  # Greek letters, but omicron
 SMALL = "αβγδεζηθικλμνξπρστυφχψω"
@@ -210,11 +206,21 @@ SPELLINGS = [  # pattern, replacement: in this order
     (r"^(?:=|\\approx)\s*", ""),
     (r"\\log\s*_\s*(?:e|\{\s*e\s*\})(?![A-Za-z])", r"\\ln "),
     (
-        rf"_\s*(?:\{{\s*)?\\(?:text|mathrm)\s*\{{\s*({'|'.join(BASES)})\s*\}}(?:\s*\}})?",
-        lambda found: f"_{{{BASES[found[1]]}}}",
+        rf"_\s*(?:\{{\s*)?\\(?:text|mathrm)\s*\{{\s*({'|'.join(NUMBER_WORDS)})\s*\}}(?:\s*\}})?",
+        lambda found: f"_{{{NUMBER_WORDS[found[1]]}}}",
     ),
-    (r"\(\s*\\[bp]?mod\s*(\w+)\s*\)|\\pmod\s*\{?\s*(\w+)\s*\}?", r"\\pmod{\1\2}"),
-    (rf"\\(?:operatorname\*?|mathrm|text)\s*\{{\s*({'|'.join(FUNCTIONS)})\s*\}}", r"\\\1 "),
+    (
+        r"\(\s*(?:\\[bp]?|\\text\s*\{\s*)?mod(?:\s*\})?\s*(\w+)\s*\)"
+        r"|\\p?mod(?![A-Za-z])\s*\{?\s*(\w+)\s*\}?",
+        r"\\pmod{\1\2}",
+    ),
+    (r"\\mathcal\s*\{O\}(?=\s*\()", "O"),
+    (r"^(?:\\text\s*\{\s*)?[Aa]ll real numbers(?:\s*\})?$", r"\\mathbb{R}"),
+    (r"(?<![A-Za-z])([Nn]o (?:real )?solution)s(?![A-Za-z])", r"\1"),
+    (
+        rf"\\(?:operatorname\*?|mathrm|text)\s*\{{\s*({'|'.join(FUNCTIONS)}|ker|dim|deg|det)\s*\}}",
+        r"\\\1 ",
+    ),
 ]
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
 
@@ -248,6 +254,7 @@ def tidy(text: str) -> str:
         text = pattern.sub(new, single_spaces(text))  # long runs of spaces take long to search
     text = from_code(unwrap(single_spaces(text)))
     text = trim(REPEATING.sub(repeating_decimal, text))
+    text = NUMBER_WORDS.get(text.lower(), text)
     condition = SET_BUILDER.fullmatch(text)
     return condition[2] if condition and condition[1] in condition[2] else text
 
@@ -382,7 +389,7 @@ def without_thousands_commas(text: str) -> str:
 
 def compact(text: str) -> str:
     r"""Without spaces, upright fonts and braces around a single character: `x^{2}` is `x^2`."""
-    text = re.sub(r"\\(?:text|textrm|mathrm|operatorname)\s*\{([A-Za-z]+)\}", r" \1", text)
+    text = re.sub(r"\\(?:text|textrm|mathrm|operatorname)\s*\{\s*([A-Za-z]+)\s*\}", r" \1", text)
     text = re.sub(r"(\\[A-Za-z]+)\s+(?=[A-Za-z])", r"\1{}", text)
     text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
     return re.sub(r"([_^])\{([\w+*-]|\\[A-Za-z]+)\}", r"\1\2", text)

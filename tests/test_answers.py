@@ -244,6 +244,16 @@ EQUAL = [  # further pairs of gold answer and answer
     (r"60\text{ km/h}", "v = 60 km/h"),
     ("B", "x = B"),
     ("2x", "f'(x) = 2x"),
+    (r"\langle 1,2 \rangle", r"\vec{v} = \langle 1,2 \rangle"),
+    (r"\sum_{i=1}^{n} i^2", r"\frac{n(n+1)(2n+1)}{6}"),
+    (r"O(n^2)", r"\mathcal{O}(n^2)"),
+    (r"p \equiv 1 \pmod{4}", "p ≡ 1 (mod 4)"),
+    (r"p \equiv 1 \pmod{4}", r"p \equiv 1 \mod 4"),
+    (r"\text{all real numbers}", r"\mathbb{R}"),
+    (r"\text{no solution}", "No solutions"),
+    (r"\ker(f)", r"\text{ker}(f)"),
+    (r"\operatorname{rank} A", r"\text{rank } A"),
+    ("7", r"\text{seven}"),
 ]
 DIFFERENT = [
     (r"4ab", "4"),
