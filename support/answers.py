@@ -402,6 +402,7 @@ def without_arguments(expression, other):
     if not isinstance(expression.lhs, AppliedUndef) or not other.lhs.is_Symbol:
         return expression
     is_same = str(expression.lhs.func) == other.lhs.name
+    is_same = is_same and all(argument.is_Symbol for argument in expression.lhs.args)
     return Eq(other.lhs, expression.rhs, evaluate=False) if is_same else expression
 
 

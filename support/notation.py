@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
-FONT = r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:bf|it|rm|sf|tt)|mbox|hbox|boldsymbol|bm)"
+FONT = r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:bf|it|rm|sf|tt)|mbox|hbox|boldsymbol|bm|emph)"
 SPACE = r"(?:\s|~|(?<!\\)\\[ ,;:!>]|\\q?quad(?![A-Za-z]))"
 
 # ---- the box -------------------------------------------------------------------------------------
@@ -150,7 +150,11 @@ SPELLINGS = [  # pattern, replacement: in this order
     (r"\\(?:displaystyle|textstyle|limits|nolimits|strut)(?![A-Za-z])", ""),
     (r"\\(?:tiny|small|large|Large|LARGE|huge|Huge)(?![A-Za-z])", ""),
     (r"\\(?:textcolor|color)\s*\{\w+\}", ""),
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\(?:[dtcs]|nice)frac(?![A-Za-z])", r"\\frac"),
+    (r"\\(?:tag|[hv]space|[hv]?phantom)\*?\s*\{[^{}]*\}", ""),
+    (r"\\(?:blacksquare|checkmark|therefore|enspace|bf)(?![A-Za-z])|[✓✔“”]", " "),
+    (r"\\abs\s*\{([^{}]*)\}", r"|\1|"),
+    (r"\\norm\s*\{([^{}]*)\}", r"\\|\1\\|"),
     (r"\\(begin|end)\{bmatrix\}", r"\\\1{pmatrix}"),
     (r"\\\\\[\d*\.?\d+\s*(?:pt|em|ex|mm|cm)\]", r"\\\\"),
     (r"\\(?:varnothing)(?![A-Za-z])", r"\\emptyset"),
@@ -189,8 +193,8 @@ SPELLINGS = [  # pattern, replacement: in this order
     (r"\^\s*\{\s*((?:\\prime\s*|')+)\}", r"^\1"),
     (r"\^\s*((?:\\prime(?![A-Za-z])\s*)+)", lambda found: "'" * found[1].count("prime")),
     (r"\^\s*('+)", r"\1"),
-    (r"(?<=\d)(?:,\\!|\{,\}|\\[,!; ])(?=\d{3}(?!\d))", ""),
-    (r"^-?\d{1,3}(?: \d{3})+$", lambda found: found[0].replace(" ", "")),
+    (r"(?<=\d)(?<!\b0)(?:,\\!|\{,\}|\\[,!; ])(?=\d{3}(?!\d))", ""),
+    (r"^-?[1-9]\d{0,2}(?: \d{3})+$", lambda found: found[0].replace(" ", "")),
     (r"(?<!\\)\\[,;:>! ]|~|\\q?quad(?![A-Za-z])", " "),
     (r"\*\*(?!$)", "^"),
     (r"\^\s*-\s*(\d+|[A-Za-z])", r"^{-\1}"),
@@ -203,7 +207,7 @@ SPELLINGS = [  # pattern, replacement: in this order
         r"^(?:\\text\s*\{\s*)?(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is)?:?\s*\}?(?=[\s\d$\\:-]):?",
         "",
     ),
-    (r"^(?:=|\\approx)\s*", ""),
+    (r"^(?:=|\\approx|\\Rightarrow)\s*", ""),
     (r"\\log\s*_\s*(?:e|\{\s*e\s*\})(?![A-Za-z])", r"\\ln "),
     (
         rf"_\s*(?:\{{\s*)?\\(?:text|mathrm)\s*\{{\s*({'|'.join(NUMBER_WORDS)})\s*\}}(?:\s*\}})?",
@@ -244,7 +248,7 @@ PLAIN_NAME = re.compile(rf"(?<![\\A-Za-z{{_])({'|'.join(NAMES)})(?![A-Za-z])")
 INFINITE = re.compile(r"(?<![\\A-Za-z{])(?:infinity|inf|oo)(?![A-Za-z])", re.IGNORECASE)
 E_NOTATION = re.compile(r"(?<![\w.\\])(\d+(?:\.\d+)?|\.\d+)[eE]([+-]?\d+)(?![\w.])")
 REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\{(\d{1,30})\}")
-THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 
 
 def tidy(text: str) -> str:

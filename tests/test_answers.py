@@ -187,7 +187,7 @@ EQUAL = [  # further pairs of gold answer and answer
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{bmatrix} 1 \\[4pt] 2 \end{bmatrix}"),
     (r"\sum_{n=1}^\infty \frac{1}{n^2}", r"\frac{\pi^2}{6}"),
     ("x", r"\frac{x^2}{x}"),
-    ("n", r"\frac{n!}{(n-1)!}"),
+    ("n", r"\binom{n}{1}"),
     ("x|y|z", "z|y|x"),
     (r"1011_2", r"1011_{\text{two}}"),
     (r"45\%\text{ of students}", r"45\%"),
@@ -254,6 +254,10 @@ EQUAL = [  # further pairs of gold answer and answer
     (r"\ker(f)", r"\text{ker}(f)"),
     (r"\operatorname{rank} A", r"\text{rank } A"),
     ("7", r"\text{seven}"),
+    (r"\nicefrac{1}{2}", r"\frac{1}{2}"),
+    (r"\abs{x-1}", "|x-1|"),
+    ("5", r"\therefore 5 \blacksquare"),
+    ("5", r"\Rightarrow x = 5 \tag{1}"),
 ]
 DIFFERENT = [
     (r"4ab", "4"),
@@ -393,6 +397,9 @@ DIFFERENT = [
     ("a^2-b^2=(a-b)(a+b)", "0=0"),
     (r"x=1,y=2 \text{ or } x=2,y=1", r"x=1,y=1 \text{ or } x=2,y=2"),
     ("776_8", "x = 776_9"),
+    ("y = 2x", "y(2) = 2x"),
+    ("0,333", "333"),
+    ("0{,}333", "333"),
 ]
 
 
@@ -409,6 +416,7 @@ def test_different(gold, answer):
 
 
 LONG = [" ", r"\text{a} ", r"\text{cm}/", "km/", "1 ", r"\{x", r"\sum_{i=", r"A^{-1} ", "~", "f'"]
+LONG += [r"\frac", r"\sqrt[3]", "[x", "x=", "x:", "a", "1/2", r"\text{or} ", r"\phantom{"]
 
 
 @pytest.mark.parametrize("part", LONG)
