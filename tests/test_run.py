@@ -199,6 +199,19 @@ def test_vllm_passes_the_same_tests(helpers):
         pytest.skip(reason)
 
 
+def test_equal_rewards_in_each_group_leave_the_weights_as_they_are(root):
+    """Not even weight decay moves them: there is none."""
+    folder = root / "equal"
+    reward = f"{root}/rewards.py:trouble"  # the answer, whatever the response is
+    lite_ppo.train(config(root, reward=reward, eval_data=(), output_dir=str(folder)))
+    rows = read(folder / "metrics.jsonl")[1:]
+    assert [row["policy/grad_norm"] for row in rows] == [0, 0]
+    assert rows[0]["reward/std"] > 0
+    before = load_model(root / "tied").state_dict()
+    after = load_model(folder / "final").state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 # ---- data of other frameworks --------------------------------------------------------------------
 
 STYLES = """
@@ -549,6 +562,7 @@ def test_rollout_without_dynamic_sampling_keeps_every_group():
     "calls,kept,cursor",
     [
         pytest.param([[0, 0, 1, 0], [1, 1, 0, 1]], [1, 0, 0, 1], 4, id="replaced"),
+        pytest.param([[0.2, 0.5, 1, 2]], [0.2, 0.5, 1, 2], 2, id="partial credit"),
         pytest.param(
             [[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]], [0, 0, 1, 1], 6, id="none informative"
         ),

@@ -363,6 +363,15 @@ def test_gradient_that_is_not_finite_is_skipped(root, monkeypatch):
     assert not math.isfinite(found.metrics["policy/grad_norm"])
 
 
+def test_skipped_gradient_is_not_added_to_the_next_one(root, monkeypatch):
+    functions = iter([infinite_weights, lite_ppo.tricks.loss_weights])  # one per mini-batch
+    monkeypatch.setattr(lite_ppo.tricks, "loss_weights", lambda *args: next(functions)(*args))
+    found = run_update("token", root)
+    (gradient,) = found.gradients
+    assert math.isfinite(norm(gradient.values()))
+    assert found.metrics["policy/skipped"] == 1
+
+
 # ---- named mutants -------------------------------------------------------------------------------
 
 # Each block: the case that detects the mistake, and its name; the right code, as ast.unparse()
@@ -594,6 +603,21 @@ def test_old_log_probs_are_the_policys_and_the_others_those_of_the_reference():
             assert (batch.old_logprobs is None) == (m == 0)
             assert m == 0 or (batch.old_logprobs == -1).all()
             assert (batch.ref_logprobs == -2).all()
+
+
+def one_and_none(sizes: list[int], budget: int, world: int) -> list[list[list[int]]]:
+    """A plan: the first sequence, then none."""
+    return [[[0], []]] * world
+
+
+def test_dummy_has_neither_advantage_nor_weight(monkeypatch):
+    monkeypatch.setattr(lite_ppo, "plan_micro_batches", one_and_none)
+    cfg = config(Path(), micro_batch_tokens=20)
+    for batches in lite_ppo.make_minibatches(make_responses(), torch.ones(9), STEP, cfg):
+        for batch, value in zip(batches, (1, 0), strict=True):
+            assert ((batch.response_index >= 0) == value).all()
+            assert (batch.advantages == value).all()
+            assert ((batch.weights > 0) == value).all()
 
 
 def metrics_of(indices: list[list[int]], cfg: Config) -> tuple[dict[str, float], list[str]]:
