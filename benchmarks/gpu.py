@@ -139,7 +139,7 @@ def measure(args: Args, shape: str, changes, micro_batch: int, checkpointing: bo
                 bench.policy.config,
                 [(len(r.problem.prompt_ids), len(r.token_ids)) for r in steps[-1].responses],
             )
-            peak = one_step.peak_flops(bench.args)
+            peak = one_step.device_flops(bench.args)
     except Exception as error:  # the other rows still count
         return row | dict(error=f"{type(error).__name__}: {error}"[:2000])
     finally:

@@ -37,7 +37,7 @@ from support.actor import Actor
 from support.clock import clock
 from support.data import load_sets
 from support.grader import Grader
-from support.metrics import PEAK_FLOPS, train_flops
+from support.metrics import peak_flops, train_flops
 from support.models import load_tokenizer
 from support.util import compute_device, compute_dtype
 
@@ -89,12 +89,9 @@ def count_flops(config, prompt: int, response: int, recompute: bool) -> tuple[fl
     return 3 * (blocks + head), (4 if recompute else 3) * blocks + 4 * head
 
 
-def peak_flops(args: Args) -> float:
-    """Of one device; 0 where it is not known."""
-    if args.peak_tflops:
-        return args.peak_tflops * 1e12
-    name = torch.cuda.get_device_name() if common.CUDA else ""
-    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), 0)
+def device_flops(args: Args) -> float:
+    """Peak operations per second of one device; 0 where it is not known."""
+    return args.peak_tflops * 1e12 or peak_flops()
 
 
 def count_step_flops(args: Args, config, lengths: list[tuple[int, int]]) -> dict[str, float]:
@@ -212,7 +209,7 @@ def phase_rows(args: Args, steps: list[Step], lengths: list[tuple[int, int]]) ->
 def totals(args: Args, bench: Bench, last: Step, update: float, lengths) -> dict:
     """Numbers of a whole step; `update` is the median of its seconds."""
     flops = count_step_flops(args, bench.policy.config, lengths)
-    per_rank, peak = update * dist.get_world_size(), peak_flops(args)
+    per_rank, peak = update * dist.get_world_size(), device_flops(args)
     return {
         "sequences": len(lengths),
         "tokens": sum(map(sum, lengths)),

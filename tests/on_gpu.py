@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import common  # noqa: E402
+import memory_formulas  # noqa: E402
 import memory_plan  # noqa: E402
 
 # ---- what the measurements share -----------------------------------------------------------------
@@ -344,7 +345,7 @@ def offloaded(hidden: int = 1024) -> dict:
 
 # ---- memory: its plan, and its end ---------------------------------------------------------------
 
-PLANNED = memory_plan.Shape(1024, 3072, 4, 16, 8, tied=True, vocab=8192, head_dim=64)
+PLANNED = memory_formulas.Shape(1024, 3072, 4, 16, 8, tied=True, vocab=8192, head_dim=64)
 
 
 def memory_plan_compiled() -> dict:
@@ -359,7 +360,7 @@ def memory_of_phases(compile: str) -> dict:
     """Planned and measured bytes of the phases, as `memory_plan.py --check` compares them."""
     import memory_trial  # it imports torch._dynamo, which takes seconds
 
-    s = memory_plan.Settings(
+    s = memory_formulas.Settings(
         sampler="transformers",
         prompts_per_step=16,
         group_size=4,
@@ -379,7 +380,7 @@ def memory_of_phases(compile: str) -> dict:
         measured = json.loads(output.read_text())
     tokens = min(s.micro_batch_tokens, measured["tokens"])
     s = dataclasses.replace(s, micro_batch_tokens=tokens)
-    plan = memory_plan.plan(PLANNED, s)
+    plan = memory_formulas.plan(PLANNED, s)
     return memory_plan.compare(plan, measured["peaks"], s) | {"moment": plan["update_moment"]}
 
 

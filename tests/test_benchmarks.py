@@ -27,12 +27,13 @@ import fuzz_rewards  # noqa: E402
 import gpu as gpu_script  # noqa: E402
 import kill_resume  # noqa: E402
 import logprobs  # noqa: E402
+import memory_formulas  # noqa: E402
 import memory_plan  # noqa: E402
 import mutation  # noqa: E402
 import scaling  # noqa: E402
 import soak  # noqa: E402
 import versus_trl  # noqa: E402
-from memory_plan import (  # noqa: E402
+from memory_formulas import (  # noqa: E402
     GIB,
     MIB,
     SHAPES,
@@ -145,23 +146,23 @@ def test_logits_exist_in_chunks_of_256_mib():
     assert rows == 441
     assert rows * 151_936 * 4 <= 256 * MIB
     blocks = 16 * MIB  # temporary
-    chunk = memory_plan.logits_bytes(shape, Settings(cpu=True))
+    chunk = memory_formulas.logits_bytes(shape, Settings(cpu=True))
     assert chunk == rows * 151_936 * 4 + blocks
     short = Settings(cpu=True, max_prompt_tokens=10, max_new_tokens=11, micro_batch_tokens=1)
-    assert memory_plan.logits_bytes(shape, short) == 20 * 151_936 * 4 + blocks
+    assert memory_formulas.logits_bytes(shape, short) == 20 * 151_936 * 4 + blocks
 
 
 def test_a_128th_of_a_gpu_holds_a_chunk_of_logits():
     shape = SHAPES["qwen3-0.6b"]
     rows = 2**30 // 4 // 151_936
-    chunk = memory_plan.logits_bytes(shape, Settings(device_gib=128.0))
+    chunk = memory_formulas.logits_bytes(shape, Settings(device_gib=128.0))
     assert chunk == rows * 151_936 * (4 + 2)  # and its gradient in half precision
 
 
 def test_output_of_attention_is_kept_under_checkpointing():
     """Of each block: a number per token, head and channel."""
     s = Settings(max_prompt_tokens=1, max_new_tokens=1, micro_batch_tokens=100)
-    with_attention = memory_plan.update_moments(TINY, s)["head"]["activations"]
+    with_attention = memory_formulas.update_moments(TINY, s)["head"]["activations"]
     inputs = 100 * (TINY.layers + 1) * TINY.hidden * 2
     last = 100 * TINY.hidden * (8 + 3 * 2 + 4)
     kept = 100 * TINY.layers * 2 * TINY.queries
@@ -820,7 +821,7 @@ def test_memory_plan_check(tmp_path, monkeypatch, tiny_model, capsys):
     memory_plan.main()
     assert "planned / measured peak" in capsys.readouterr().out
     phases = json.loads(output.read_text())["result"]["phases"]
-    assert phases.keys() == {*memory_plan.PHASES, "peak"}
+    assert phases.keys() == {*memory_formulas.PHASES, "peak"}
     assert all(row["measured"] > 100 * MIB for row in phases.values())
 
 
