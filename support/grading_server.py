@@ -288,7 +288,7 @@ def serve(trainer: mp.Connection) -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):  # the trainer has ended
         pass
     except UserError as error:
-        trainer.send(str(error))
+        trainer.send(str(error).removeprefix(f"--reward {spec}: "))
     except Exception as error:
         trainer.send(describe_error(error))
     finally:

@@ -278,8 +278,19 @@ def test_error_if_the_problem_does_not_show_its_options():
 def test_error_names_a_column_of_images(tmp_path):
     picture = {"type": "image", "text": None, "image": {"bytes": b"\xff"}}
     path = write_parquet(tmp_path, [verl([user([picture])], "2")])
+    with pytest.raises(UserError, match="row 1: the prompt has content that is no text"):
+        data.load_rows(path)
+    path = write_parquet(tmp_path, [{"prompt": b"\xff", "answer": "2"}])
     with pytest.raises(UserError, match="some.parquet: the column prompt holds images"):
         data.load_rows(path)
+
+
+def test_texts_beside_images_are_read(tmp_path):
+    """The field of the images made the whole column unreadable."""
+    text = {"type": "text", "text": "1+1", "image": {"bytes": b"x"}}
+    path = write_parquet(tmp_path, [verl([user([text])], "2")])
+    (row,) = data.load_rows(path)
+    assert row["problem"] == "1+1"
 
 
 # ---- duplicates ----------------------------------------------------------------------------------

@@ -422,6 +422,7 @@ def loaded_row(i: int) -> dict:
         "n": i,
         "when": str(WHEN),
         "cost": "1.50",
+        "image": {"path": "p"},
         "extra_info": {"is_binary": True, "binary": "x"},
         "r1_solution_1": "long",
         "tags": ["a", None],
@@ -448,16 +449,37 @@ def test_parquet_rows_become_json_values(tmp_path):
 def test_columns_are_skipped_by_their_types_and_not_by_names():
     import pyarrow as pa
 
+    text = ("text", pa.string())
     leaves = [pa.binary(), pa.large_binary(), pa.binary(3), pa.binary_view()]
     for leaf in leaves:
         kinds = [leaf, pa.dictionary(pa.int32(), leaf)]
         kinds += [pa.list_(leaf), pa.large_list(leaf), pa.list_(leaf, 2), pa.map_("string", leaf)]
         for kind in kinds:
-            assert data.holds_bytes(kind)
-            assert data.holds_bytes(pa.struct([("x", pa.list_(pa.struct([("y", kind)])))]))
+            assert data.without_bytes(kind) is None
+            assert (
+                data.without_bytes(pa.struct([("x", pa.list_(pa.struct([("y", kind)])))])) is None
+            )
+            for make in (pa.list_, pa.large_list):
+                nested = pa.struct([("x", make(pa.struct([text, ("y", kind)]))), ("z", kind)])
+                rest = pa.struct([("x", make(pa.struct([text])))])
+                assert data.without_bytes(nested) == rest
     for leaf in (pa.string(), pa.bool_(), pa.dictionary(pa.int32(), "string"), pa.null()):
         for kind in (leaf, pa.list_(leaf), pa.map_("string", leaf), pa.struct([("binary", leaf)])):
-            assert not data.holds_bytes(pa.struct([("binary", kind)]))
+            whole = pa.struct([("binary", kind), ("empty", pa.struct([]))])
+            assert data.without_bytes(whole) == whole
+
+
+def test_only_the_bytes_of_a_parquet_column_are_skipped(tmp_path):
+    """The whole column was left out, and with it the answer."""
+    picture = {"bytes": b"\xff", "path": "a.png"}
+    row = {"prompt": "1+1", "info": {"answer": "2", "pictures": [picture], "thumb": b"x"}}
+    path = write_parquet(tmp_path, [row, row | {"prompt": "1+2", "info": None, "answer": "3"}])
+    columns_ = columns.Columns(answer="info.answer")
+    with pytest.raises(UserError, match=r"row 2: --answer-column info.answer: no such column"):
+        data.load_rows(path, columns=columns_)
+    path = write_parquet(tmp_path, [row, row | {"prompt": "1+2"}])
+    first, second = data.load_rows(path, columns=columns_)
+    assert first["info"] == second["info"] == {"answer": "2", "pictures": [{"path": "a.png"}]}
 
 
 def test_parquet_file_of_verl_may_have_a_field_called_binary(tmp_path):
@@ -1035,6 +1057,15 @@ BROKEN_TEMPLATES = [  # chat template, pattern of the message after the folder o
     ),
     ("{% for x in %}", "some.jsonl:1: TemplateSyntaxError"),
 ]
+
+
+@pytest.mark.parametrize("template", ["", "{{ '' }}"])
+def test_error_if_the_template_makes_an_empty_prompt(template, tmp_path, tokenizer):
+    """The first rollout ended with a traceback about the types of the embedding's indices."""
+    tokenizer.chat_template = template
+    path = write(tmp_path, lines({"problem": "1+1", "answer": "2"}))
+    with pytest.raises(UserError, match=r"--model: .* an empty prompt of .*:1; correct chat_temp"):
+        data.load_problems(path, tokenizer, Config())
 
 
 @pytest.mark.parametrize("template,pattern", BROKEN_TEMPLATES)

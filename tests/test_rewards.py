@@ -521,7 +521,9 @@ def test_killed_server_is_one_message(trouble, make_grader):
 
 def test_reward_file_that_has_gone_is_one_message(tmp_path, make_grader):
     grader = make_grader(f"{tmp_path}/gone.py:f")
-    with pytest.raises(RuntimeError, match="gone.py:f: .* neither math nor exact"):
+    with pytest.raises(
+        RuntimeError, match="gone.py:f: the grading server failed: neither math nor"
+    ):
         grader(["fine"], ROWS[:1])
 
 
@@ -605,6 +607,18 @@ h = C()
 def test_functions_and_callable_objects_load(name, score, tmp_path):
     (tmp_path / "good.py").write_text(GOOD_FILE)
     assert load_reward(f"{tmp_path}/good.py:{name}")("", {}) == score
+
+
+def test_reward_imports_the_files_beside_it(tmp_path, make_grader, monkeypatch):
+    """At the end of the path: a json.py beside it hides nothing."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    (tmp_path / "beside_the_reward.py").write_text("value = 3.0\n")
+    code = "import beside_the_reward\ndef f(response, row):\n    import json\n"
+    (tmp_path / "good.py").write_text(code + "    return beside_the_reward.value\n")
+    (tmp_path / "json.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    grader = make_grader("good.py:f")
+    assert grader([""], [{}])[0][:2] == (3.0, "")
 
 
 def test_built_in_rewards_load():
