@@ -35,6 +35,7 @@ from support.util import env, gather
 KEPT = 2  # checkpoints; older ones are deleted
 STATE_BYTES = 12  # per parameter, in float32: weights and two moments
 COPIES = 2  # of the state in host memory while it is written: the copy, and the bytes of the file
+PATHS = ("model", "reward")  # flags that may be paths, which have several spellings
 PATIENCE = 60.0  # seconds until a network file system must show a new file to all machines
 
 # Flags that may change on resume: how the run computes, watches and saves, not what it learns.
@@ -190,6 +191,8 @@ def check_settings(path: Path, saved: dict, cfg, identity: dict[str, str]) -> No
     new = json.loads(json.dumps(dataclasses.asdict(cfg))) | identity
     changed = []
     for key, value in new.items():
+        if key in PATHS and os.path.abspath(str(old.get(key))) == os.path.abspath(value):
+            continue
         if key not in MAY_CHANGE and old.get(key) != value:
             changed.append(f"{key}: {old.get(key)} -> {value}")
     if changed:
@@ -329,8 +332,11 @@ class Checkpoints:
         """Make a checkpoint visible by renaming it. Then delete the oldest."""
         step = position.step
         partial = self.folder / f"partial-{step}"
+        config = dataclasses.asdict(self.cfg)
+        if config["resume"] != "auto":  # the next run may start in another working directory
+            config["resume"] = os.path.abspath(config["resume"])
         state = dataclasses.asdict(position)
-        state |= {"config": dataclasses.asdict(self.cfg), "identity": self.identity}
+        state |= {"config": config, "identity": self.identity}
         (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         target = self.folder / f"checkpoint-{step}"
         replaced = self.folder / f"partial-old-{step}"

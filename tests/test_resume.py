@@ -272,6 +272,18 @@ def test_resume_flag_may_be_spelled_in_another_way(spelling, fork, root, monkeyp
     assert checkpoints.find_checkpoint(root / "fork", cfg, identity) == newest
 
 
+def test_paths_may_be_spelled_in_another_way_from_another_folder(one_rank_run, root, monkeypatch):
+    """--resume was recorded as it was given, and then counted as another checkpoint."""
+    monkeypatch.chdir(one_rank_run)
+    train(root, "relative", steps=7, **SAVED | dict(resume="checkpoint-6"))
+    monkeypatch.chdir(root)
+    settings = SAVED | dict(resume="one/checkpoint-6", reward="rewards.py:even", model="tied/")
+    newest = checkpoints.checkpoints(root / "relative")[-1]
+    saved = checkpoints.read_state(newest)
+    cfg = config(root, steps=9, **settings)
+    assert checkpoints.find_checkpoint(root / "relative", cfg, saved["identity"]) == newest
+
+
 def test_resume_flag_allows_no_second_change_in_that_folder(fork, root):
     with pytest.raises(UserError, match="clip_high: 0.3 -> 0.4"):
         train(root, "fork", steps=9, **fork | dict(clip_high=0.4))
