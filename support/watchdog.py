@@ -6,8 +6,19 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 
 from support.clock import Clock
+from support.host import read_fields
+
+
+def bytes_moved() -> int:
+    """Bytes that this process has read and written, also through mapped files. 0 if unknown."""
+    try:
+        fields = read_fields(Path("/proc/self/io"))
+        return fields["rchar"] + fields["wchar"] + fields["read_bytes"]
+    except (OSError, ValueError, KeyError):  # no Linux
+        return 0
 
 
 class Watchdog(threading.Thread):
@@ -17,10 +28,14 @@ class Watchdog(threading.Thread):
     the rank that is behind: it has fewer ticks. While a rank that is behind shows signs of life,
     the ranks that wait for it count as alive. If it shows none, they wait GRACE seconds longer, so
     that it can end first, with its own stack. A frozen process cannot do that.
+
+    In start-up a rank waits for downloads and disks. Then every BLOCK bytes that it reads or writes
+    are a sign of life, and a rank also waits for ranks with as many ticks.
     """
 
     GRACE = 10.0
     LOOKS = 50  # how often the other ranks are read in `minutes`
+    BLOCK = 2**20  # more than the watchdog itself reads and writes
 
     def __init__(self, minutes: float, rank: int, world: int, store=None):
         super().__init__(daemon=True)
@@ -30,11 +45,13 @@ class Watchdog(threading.Thread):
         self.store = store  # None with one rank, or after the store was closed
         self.ended = threading.Event()
         self.seen: dict[int, int] = {}  # signs of life of the ranks behind, when last read
+        self.moved = 0  # bytes_moved() at the last sign of life that came from it
 
     def run(self) -> None:
         reported = None  # signs of life of this rank, as last written
         looked = 0.0  # when the other ranks were last read
         while not self.ended.wait(0.25):
+            self.look_at_bytes()
             if Clock.signs != reported:
                 reported = Clock.signs
                 self.report()
@@ -58,39 +75,48 @@ class Watchdog(threading.Thread):
         except RuntimeError:  # the store is closed, because the run has ended
             self.store = None
 
-    def look_at_ranks_behind(self) -> None:
-        """Count as alive if a rank behind has shown a new sign of life: waiting for it is healthy.
+    def look_at_bytes(self) -> None:
+        """In start-up, BLOCK bytes that were read or written are a sign of life."""
+        if Clock.phase == "start" and (moved := bytes_moved()) - self.moved >= self.BLOCK:
+            self.moved = moved
+            Clock.alive()
 
-        A rank that waits has more ticks than the rank that it waits for. So two ranks never keep
-        each other alive.
+    def look_at_ranks_behind(self) -> None:
+        """Wait longer if a rank behind has shown a new sign of life: waiting for it is healthy.
+
+        This is no sign of life of this rank. So two ranks never keep each other alive.
         """
         try:
-            signs = {rank: signs for rank, (signs, _) in self.ranks_behind().items()}
+            found = self.ranks_behind(Clock.ticks + (Clock.phase == "start"))
         except RuntimeError:
             return
+        signs = {rank: signs for rank, (signs, _) in found.items()}
         if any(signs[rank] != self.seen.get(rank, signs[rank]) for rank in signs):
-            Clock.alive()
+            Clock.since = time.monotonic()
         self.seen = signs
 
     def describe_ranks_behind(self) -> str:
         """The ranks that have made less progress than this one, for the message."""
         try:
-            behind = self.ranks_behind()
+            behind = self.ranks_behind(Clock.ticks)
         except RuntimeError:
             return "; the other ranks cannot be reached"
         places = [f"; rank {rank} is behind, in {where}" for rank, (_, where) in behind.items()]
         return "".join(places)
 
-    def ranks_behind(self) -> dict[int, tuple[int, str]]:
-        """Signs of life and place of each rank with fewer ticks. RuntimeError without the store."""
+    def ranks_behind(self, limit: int) -> dict[int, tuple[int, str]]:
+        """Signs of life and place of each other rank with fewer ticks than `limit`.
+
+        RuntimeError without the store.
+        """
         if self.store is None:
             return {}
         behind = {}
-        for rank in range(self.world):
+        for rank in set(range(self.world)) - {self.rank}:
             if self.store.check([f"lite_ppo/{rank}"]):
                 report = self.store.get(f"lite_ppo/{rank}").decode()
                 ticks, signs, where = report.split(" ", 2)
-                if int(ticks) < Clock.ticks:
+                if int(ticks) < limit:
                     behind[rank] = (int(signs), where)
         return behind
 

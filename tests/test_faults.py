@@ -87,9 +87,15 @@ def test_slow_rank_with_signs_of_life_is_no_fault(faulty_runs, root):
         pytest.param(["0 5 step 1, rollout", "0 6 step 1, rollout"], True, id="behind"),
         pytest.param(["0 5 step 1, rollout", "0 5 step 1, rollout"], False, id="behind, hung"),
         pytest.param(["99 5 step 1, reward", "99 6 step 1, reward"], False, id="not behind"),
+        pytest.param(["99 5 step 0, start", "99 6 step 0, start"], True, id="start"),
+        pytest.param(["99 5 step 0, start", "99 5 step 0, start"], False, id="start, hung"),
+        pytest.param(["100 5 step 0, start", "100 6 step 0, start"], False, id="start, ahead"),
     ],
 )
 def test_only_signs_of_life_of_a_rank_behind_count(reports, alive, monkeypatch):
+    """While a run starts, ranks wait at the same point for the one that downloads."""
+    phase = "start" if "start" in reports[0] else "reward"
+    monkeypatch.setattr(Clock, "phase", phase)
     monkeypatch.setattr(Clock, "ticks", 99)
     monkeypatch.setattr(Clock, "signs", 0)
     monkeypatch.setattr(Clock, "since", 0.0)
@@ -100,6 +106,22 @@ def test_only_signs_of_life_of_a_rank_behind_count(reports, alive, monkeypatch):
         store.set("lite_ppo/1", report)
         watching.look_at_ranks_behind()
     assert (Clock.since > 0) == alive
+    assert Clock.signs == 0  # two ranks that wait must not count for each other
+
+
+@pytest.mark.skipif(watchdog.bytes_moved() == 0, reason="the system does not count bytes")
+@pytest.mark.parametrize("phase,size,alive", [("start", 2, 1), ("start", 0, 0), ("update", 2, 0)])
+def test_load_is_a_sign_of_life_in_start_up(phase, size, alive, monkeypatch, tmp_path):
+    """A download that was slow and healthy ended the run."""
+    monkeypatch.setattr(Clock, "phase", phase)
+    found = watchdog.Watchdog(60, rank=0, world=1)
+    found.moved = watchdog.bytes_moved()
+    monkeypatch.setattr(Clock, "signs", 0)
+    monkeypatch.setattr(Clock, "since", 0.0)
+    (tmp_path / "file").write_bytes(bytes(size * 2**20))
+    for _ in range(3):
+        found.look_at_bytes()
+    assert (Clock.signs, Clock.since > 0) == (alive, bool(alive))
 
 
 def test_launcher_restarts_a_run_from_its_checkpoint(faulty_runs, root):
