@@ -206,12 +206,13 @@ def both_signs(text: str) -> str:
 
 
 class AnswerComparison:
-    """Compares answers with math-verify. Meanwhile sympy evaluates only names and numbers.
+    """Compares answers with math-verify.
 
-    It replaces four functions of math_verify.grader in this process, for good.
+    It replaces four functions of math_verify.grader in this process, and never restores them.
 
-    sympy turns strings into expressions by `eval`, also the number tokens of an answer. The LaTeX
-    grammar of math-verify lets nothing else through; here safety does not depend on a grammar.
+    sympy turns strings into expressions with `eval`, also the number tokens of an answer. While
+    answers are compared, it accepts names and numbers only. The LaTeX grammar of math-verify gives
+    it nothing else, but safety must not depend on a grammar.
     """
 
     # A name, or a number as sympy writes it.
@@ -238,7 +239,7 @@ class AnswerComparison:
         )
         for name, function in (
             ("sympy_numeric_eq", same_value),
-            ("sympy_symbolic_eq", never_equal),  # same_value has decided
+            ("sympy_symbolic_eq", never_equal),
             ("sympy_compare_symbols", same_symbol),
             ("sympy_solve_and_compare", same_solutions),
         ):
@@ -334,7 +335,7 @@ LARGEST = 20_000  # digits of an integer that is still calculated exactly
 
 
 def never_equal(gold, answer) -> bool:
-    """In place of a comparison that is not needed."""
+    """Replaces a comparison of math-verify that same_value() has already made."""
     return False
 
 

@@ -1,7 +1,6 @@
 """One run: its folder and its position, what it prints, logs and saves, and how it ends."""
 
 import contextlib
-import itertools
 import math
 import sys
 import time
@@ -11,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
-from support import samplers, signals
+from support import banner, samplers, signals
 from support.checkpoints import (
     Checkpoints,
     Position,
@@ -21,23 +20,14 @@ from support.checkpoints import (
     open_folder,
 )
 from support.clock import clock
-from support.data import Problem, ProblemSet, long_answers, shared_problems
+from support.data import Problem, ProblemSet
 from support.errors import RunError, Stopped, UserError
 from support.host import reclaim_memory
 from support.logs import Log, read_jsonl, sample_text
 from support.metrics import NOT_FINITE, rollout_metrics, speed_metrics
 from support.models import architectures, count_parameters, end_of_sequence_ids, save_model
-from support.prompts import (
-    CHECKED,
-    Template,
-    end_warning,
-    format_warning,
-    id_problem,
-    template_warnings,
-)
 from support.response import Response
 from support.rewards import reward_id
-from support.toy import is_toy
 from support.util import compute_device, compute_dtype, gather, seed_for
 from support.vllm_sampler import check_temperatures
 
@@ -71,11 +61,10 @@ class Run:
         self.tokenizer = tokenizer
         self.train_set = train_set
         self.eval_sets = eval_sets
-        self.template = Template(tokenizer, cfg)
         self.eos_ids = end_of_sequence_ids(path, tokenizer)
         self.began = time.time()
-        self.check_ids()
-        self.main = dist.get_rank() == 0
+        banner.check_ids(cfg, path, tokenizer, [train_set, *eval_sets.values()])
+        self.is_rank_0 = dist.get_rank() == 0
         self.skipped_in_a_row = 0
         self.bar = None
         self.saver = None
@@ -99,7 +88,7 @@ class Run:
 
     def print(self, text: str) -> None:
         """Print on rank 0, above the progress bar."""
-        if self.main:
+        if self.is_rank_0:
             tqdm.write(text)
 
     def __enter__(self) -> "Run":
@@ -123,17 +112,6 @@ class Run:
 
     # ---- start -----------------------------------------------------------------------------------
 
-    def check_ids(self) -> None:
-        """UserError if a prompt has a token for which the embedding has no row."""
-        from transformers import AutoConfig
-
-        sets = [self.train_set, *self.eval_sets.values()]
-        problems = itertools.chain.from_iterable(part.problems for part in sets)
-        largest = (max(problem.prompt_ids, default=0) for problem in problems)
-        rows = AutoConfig.from_pretrained(self.path).vocab_size
-        if problem := id_problem(self.tokenizer, largest, rows):
-            raise UserError(f"--model {self.cfg.model}: {problem}")
-
     def print_banner(self) -> None:
         """What will run, and where its files go."""
         cfg = self.cfg
@@ -143,7 +121,7 @@ class Run:
         device = compute_device().type.replace("cuda", "GPU").replace("cpu", "CPU")
         lines = [
             f"model      {cfg.model}, {count_parameters(self.path):,} parameters",
-            f"data       {self.describe_data()}",
+            f"data       {banner.describe_data(self.train_set, self.eval_sets)}",
             f"training   {cfg.steps} steps of {cfg.prompts_per_step} prompts x {cfg.group_size} "
             f"responses = {responses}, {cfg.minibatches} optimizer step(s) each",
             f"machine    {ranks} {'process' if ranks == 1 else 'processes'}, {device}, {dtype}",
@@ -151,44 +129,9 @@ class Run:
             f"output     {self.folder}",
         ]
         self.print("\n".join(lines))
-        self.print_warnings()
-
-    def describe_data(self) -> str:
-        """The sizes of the training and evaluation sets, and the rows that are left out."""
-        text = f"{len(self.train_set.problems):,} training problems"
-        if left_out := self.train_set.describe_left_out():
-            text += f" ({left_out} left out)"
-        held_out = []
-        for name, eval_set in self.eval_sets.items():
-            left_out = eval_set.describe_left_out()
-            note = f"; {left_out} left out" if left_out else ""
-            held_out.append(f"{name} ({len(eval_set.problems)}{note})")
-        return f"{text}; held out: {', '.join(held_out) or 'none'}"
-
-    def print_warnings(self) -> None:
-        """What may differ from what the user expects."""
-        cfg = self.cfg
-        sets = [self.train_set.problems, *(part.problems for part in self.eval_sets.values())]
-        chats = [problem.chat for problems in sets for problem in problems[:CHECKED]]
-        warnings = [
-            *template_warnings(self.template, chats),
-            end_warning(self.template, self.eos_ids),
-            "" if is_toy(cfg.model) else format_warning(chats, cfg.reward),
-            "" if cfg.reward not in ("math", "exact") else long_answers(sets),
-            *[shared_problems(name, sets[0], held) for name, held in zip(self.eval_sets, sets[1:])],
-        ]
-        for warning in filter(None, warnings):
-            self.print(f"warning: {warning}")
-        if cfg.top_p < 1 or cfg.top_k:
-            self.print(
-                "warning: with --top-p or --top-k the samples do not follow the trained "
-                "distribution; ratios and log-prob gaps are biased"
-            )
-        if cfg.minibatches == 1:
-            self.print(
-                "note: with --minibatches 1 the ratio is always 1 and no clip can bind; "
-                "use 2 or more to clip"
-            )
+        sets = (self.train_set, self.eval_sets)
+        for line in banner.warnings(cfg, self.tokenizer, self.eos_ids, *sets):
+            self.print(line)
 
     @clock("start")
     def restore(self, policy, optimizer, sampler) -> None:
@@ -211,7 +154,7 @@ class Run:
         self.saver = Checkpoints(self.folder, cfg, self.identity, self.print)
         if self.checkpoint and self.checkpoint.parent == self.folder:
             self.saver.newest = self.step
-        self.log = Log(self.folder, cfg, self.position) if self.main else None
+        self.log = Log(self.folder, cfg, self.position) if self.is_rank_0 else None
 
     def find_unevaluated(self) -> dict[str, float] | None:
         """The logged metrics of the last step, if it has no evaluation of some set yet.
@@ -263,7 +206,7 @@ class Run:
         self.bar = tqdm(
             initial=self.step,
             total=self.cfg.steps,
-            disable=not self.main,
+            disable=not self.is_rank_0,
             unit="step",
             dynamic_ncols=True,
             leave=False,

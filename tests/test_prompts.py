@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from lite_ppo import PRESETS, Config  # hides broken packages from transformers
-from support import cli, data, prompts, run, toy
+from support import banner, cli, data, prompts, run, toy
 from support.errors import UserError
 from support.prompts import Template, template_warnings
 from tests.test_data import lines, missing_words, write
@@ -197,17 +197,6 @@ def test_long_message_is_shortened(tokenizer):
     assert "'" + "x" * 60 + "...'" in warning
 
 
-class Printed(run.Run):
-    """A Run without a folder: what print_warnings prints."""
-
-    def __init__(self, cfg, tokenizer):
-        self.cfg = cfg
-        self.template = Template(tokenizer, cfg)
-        self.eos_ids = [tokenizer.eos_token_id]
-        self.texts = []
-        self.print = self.texts.append
-
-
 @pytest.mark.parametrize("arguments,count", [([], 0), (["--system-prompt", "Add."], 1)])
 def test_toy_run_warns_only_of_a_system_prompt_that_is_given(arguments, count, tokenizer):
     cfg = cli.parse_config(Config, PRESETS, arguments)
@@ -218,12 +207,10 @@ def test_toy_run_warns_only_of_a_system_prompt_that_is_given(arguments, count, t
         )
         for text in ("2+0", "1+1")
     )
-    printed = Printed(cfg, tokenizer)
-    printed.train_set = training
-    printed.eval_sets = {"toy": held_out}
-    printed.print_warnings()
-    warnings = [text for text in printed.texts if "warning: the chat template" in text]
-    assert len(warnings) == len(printed.texts) == count
+    sets = (training, {"toy": held_out})
+    lines = list(banner.warnings(cfg, tokenizer, [tokenizer.eos_token_id], *sets))
+    assert len(lines) == count
+    assert all("warning: the chat template" in line for line in lines)
 
 
 ENDS = [  # what follows the answer in the template, whether <eos> alone ends a response here
@@ -289,11 +276,8 @@ def test_error_names_a_token_of_a_prompt_without_a_row(tokenizer, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 21}))
     tokenizer.add_tokens("<new>")
     ids = tokenizer("1<new>").input_ids
-    broken = Printed(Config(model="mine"), tokenizer)
-    broken.path, broken.tokenizer = str(tmp_path), tokenizer
-    broken.train_set = data.ProblemSet([data.Problem({}, [20])], Counter())
-    broken.eval_sets = {"dev": data.ProblemSet([data.Problem({}, ids)], Counter())}
+    cfg = Config(model="mine")
+    sound, broken = [data.ProblemSet([data.Problem({}, i)], Counter()) for i in ([20], ids)]
+    banner.check_ids(cfg, str(tmp_path), tokenizer, [sound])
     with pytest.raises(UserError, match="--model mine: .*'<new>' with id 21, .*21 rows"):
-        broken.check_ids()
-    broken.eval_sets = {}
-    broken.check_ids()
+        banner.check_ids(cfg, str(tmp_path), tokenizer, [sound, broken])
