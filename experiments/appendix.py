@@ -152,6 +152,7 @@ def note(rows: Rows, question: Question) -> str:
 
 
 def draw_appendix(rows: Rows, folder) -> None:
+    """One figure of curves for each question that has results."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, question in QUESTIONS.items():
         if figure := curves_figure(rows, question):

@@ -39,13 +39,16 @@ class Finding:
     other: bool = False  # from other base models
 
     def values(self, results: Results) -> list[float]:
+        """The effect of each seed."""
         rows = results.other if self.other else results.rows
         return effect(rows, self.setting, self.baseline, self.environments, self.measure)
 
     def text(self, results: Results) -> str:
+        """The label and the effect with its interval."""
         return f"{self.label} {show(self.values(results), self.measure.digits)}"
 
     def holds(self, results: Results) -> bool:
+        """Whether the results have the sign."""
         return sign(self.values(results)) == self.sign
 
     def check(self, results: Results, verdict: str) -> None:
@@ -58,6 +61,7 @@ class Finding:
 
 
 def against_lite_ppo(label: str, expected: str, setting: str, environments, measure=ACCURACY):
+    """A finding about a setting against Lite PPO."""
     return Finding(label, expected, setting, "lite_ppo", environments, measure)
 
 
@@ -78,12 +82,14 @@ class Claim:
             finding.check(results, self.carries_over)
 
     def measured(self, results: Results) -> str:
+        """The cell "measured here" of the table."""
         if self.text:
             return self.text(results)
         return "; ".join(finding.text(results) for finding in self.shown)
 
 
 def clipped_tokens(results: Results) -> str:
+    """What kind of tokens are clipped, and on which side."""
     counts = [clipped_counts(results.rows, env, "lite_ppo") for env in STEPS]
     known, low = token_shares(counts)
     return (

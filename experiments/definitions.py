@@ -8,6 +8,7 @@ EPS = 1e-6  # the eps of lite_ppo.py
 
 
 def ddof_0(rewards, lengths):
+    """The std of all rewards, divided by their number."""
     return rewards.std(correction=0) + EPS
 
 
@@ -29,6 +30,7 @@ def per_rank(rewards, lengths):
 
 
 def larger_eps(rewards, lengths):
+    """The std of lite_ppo.py with a larger eps."""
     return rewards.std() + 1e-4
 
 
@@ -52,11 +54,13 @@ class OtherStd:
         trainer.compute_advantages = self.compute_advantages
 
     def shape_and_keep_lengths(self, responses, cfg):
+        """In place of shape_rewards(): keeps the lengths for the divisor."""
         rewards = self.shape_rewards(responses, cfg)
         lengths = [len(response.token_ids) for response in responses]
         self.lengths = rewards.new_tensor(lengths).view(rewards.shape)  # [N, K]
         return rewards
 
     def compute_advantages(self, rewards, cfg):
+        """In place of compute_advantages(): group mean, and the other divisor."""
         centred = rewards - rewards.mean(1, keepdim=True)
         return centred / self.divisor(rewards, self.lengths)

@@ -39,6 +39,7 @@ Effects = dict[Series, list[list[float]]]  # for each series, the seeds' values 
 
 
 def new_figure(answer: str, width: float, height: float) -> Figure:
+    """An empty figure with the answer as its title. width, height: inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     figure.suptitle("\n".join(balanced(answer, width * 9.5)), fontsize=12, fontweight="bold")
@@ -52,6 +53,7 @@ def balanced(text: str, width: float) -> list[str]:
 
 
 def footer(figure: Figure, text: str) -> None:
+    """Small text below the figure."""
     figure.supxlabel(text, fontsize=9, color="#444444")
 
 
@@ -122,6 +124,7 @@ def named(found: Effects, labels: list[str]) -> dict[str, list[float]]:
 
 
 def is_empty(found: Effects) -> bool:
+    """Whether no line has results."""
     return not any(values for lines in found.values() for values in lines)
 
 

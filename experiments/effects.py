@@ -19,6 +19,7 @@ Rows = dict[tuple[str, str], dict[int, dict]]  # (environment, setting) -> seed 
 
 
 def by_cell(lines: list[dict]) -> Rows:
+    """The lines of a results file by cell and seed."""
     found: Rows = defaultdict(dict)
     for line in lines:
         found[line["environment"], line["setting"]][line["seed"]] = line
@@ -31,6 +32,8 @@ T_TABLE = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.
 
 
 class Interval(NamedTuple):
+    """A mean and the ends of its interval."""
+
     mean: float
     low: float
     high: float
@@ -86,18 +89,22 @@ def correct_share(row: dict, reward):
 
 
 def final(row: dict, key: str) -> float:
+    """A final figure of the run."""
     return row["final"][key]
 
 
 def final_reward(row: dict) -> float:
+    """The mean reward over all steps, from 0 to 1."""
     return correct_share(row, row["final"]["reward"])
 
 
 def gain(row: dict) -> float:
+    """Accuracy at the end minus accuracy before training."""
     return row["final"]["accuracy"] - row["final"]["accuracy_before"]
 
 
 def pass_at_4(row: dict) -> float:
+    """pass@4 at the end."""
     return row["evaluation"]["eval/toy/pass_at_k"][-1]
 
 
@@ -111,6 +118,7 @@ def curve(row: dict, key: str) -> list[float]:
 
 
 def curve_mean(row: dict, key: str) -> float:
+    """A metric averaged over the steps."""
     return statistics.mean(curve(row, key))
 
 
@@ -144,6 +152,7 @@ def cost(row: dict) -> np.ndarray:
 
 
 def sampled(row: dict) -> float:
+    """Responses sampled for training in the whole run."""
     return sum(row["curve"]["rollout/responses"])
 
 
@@ -185,6 +194,7 @@ AT_STEP_18 = Measure(partial(accuracy_at_step, step=18))  # the methods' last ev
 
 
 def shared_seeds(found: Iterable[dict[int, dict]]) -> list[int]:
+    """Seeds that all these cells have."""
     sets = [set(seeds) for seeds in found]
     return sorted(set.intersection(*sets)) if sets else []
 
@@ -224,6 +234,7 @@ def effect(
 
 
 def show_level(rows: Rows, setting: str, environments, measure: Measure = ACCURACY) -> str:
+    """level() as text."""
     values = level(rows, setting, environments, measure)
     return show(values, measure.digits, signed=False)
 
@@ -235,6 +246,7 @@ def show_effect(
     environments: Iterable[str],
     measure: Measure = ACCURACY,
 ) -> str:
+    """effect() as text."""
     return show(effect(rows, setting, baseline, environments, measure), measure.digits)
 
 

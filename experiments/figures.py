@@ -144,6 +144,7 @@ def relative(values: list[float], baseline: list[float]) -> list[float]:
 
 
 def entropy_changes(rows: Rows, settings: list[str]) -> Effects:
+    """Entropy against Lite PPO in %, on base and on aligned models."""
     found = {}
     for series, env in zip((BASE, ALIGNED), STEPS):
         plain = level(rows, "lite_ppo", [env], ENTROPY)
@@ -153,6 +154,7 @@ def entropy_changes(rows: Rows, settings: list[str]) -> Effects:
 
 
 def clip_answer(rows: Rows, accuracy: Effects, entropy: Effects, bounds: list[str]) -> str:
+    """The title of the figure on clip-higher."""
     shares = [level(rows, "lite_ppo", [env], CLIP_HIGH) for env in STEPS]
     largest = max(statistics.mean(share) for share in shares if share)
     answer = "Clip-higher: no difference seen in accuracy or entropy"
@@ -183,14 +185,17 @@ def clip(rows: Rows) -> Figure | None:
 
 
 def written(token: str) -> str:
+    """A token with its line break visible."""
     return token.replace("\n", "\\n")
 
 
 def percent(share: float, _position) -> str:
+    """An axis label without its sign: the low side is drawn to the left."""
     return f"{abs(share):.0f}"
 
 
 def token_panel(axes, sides: dict[str, Counter], chosen: list[str], name: str) -> None:
+    """Bars for the chosen tokens: clipped low to the left, high to the right."""
     total = (sides["low"] + sides["high"]).total()
     low = [-100 * sides["low"][token] / total for token in chosen]
     high = [100 * sides["high"][token] / total for token in chosen]
@@ -240,6 +245,7 @@ LEVEL_ROWS = {
 
 
 def level_effects(rows: Rows, measure) -> Effects:
+    """The effect of both levels in each row of the figure."""
     found = {}
     for name, series in LEVELS.items():
         lines = [effect(rows, name, "lite_ppo", these, measure) for these in LEVEL_ROWS.values()]
@@ -296,6 +302,7 @@ def by_limit(rows: Rows, setting: str, measure=ACCURACY) -> list[list[float]]:
 
 
 def overlong_answer(rows: Rows) -> str:
+    """The title of the figure on truncated responses."""
     tight = {name: does(by_limit(rows, name)[0]) for name in PUNISHED}
     costs = ", ".join(f"the {name} {words}" for name, words in tight.items())
     found = {ONLY: by_limit(rows, "overlong filter", TRUNCATED_LATE)}
@@ -326,6 +333,7 @@ def overlong(rows: Rows) -> Figure | None:
 
 
 def parts_answer(found: Effects, labels: list[str]) -> str:
+    """The title of the figure on the two tricks."""
     normalisation = {sign(lines[0]) for lines in found.values()}
     token_level = {sign(lines[1]) for lines in found.values()}
     if normalisation == {"-"} and token_level == {"0"}:
@@ -468,6 +476,7 @@ FIGURES: dict[str, Callable[[Rows], Figure | None]] = {
 
 
 def draw_figures(rows: Rows, folder) -> None:
+    """Save every figure that has results."""
     for name, draw in FIGURES.items():
         if figure := draw(rows):
             figure.savefig(folder / f"{name}.png", dpi=DPI)

@@ -115,6 +115,8 @@ def where(*words: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Run:
+    """A run of the grid: lite_ppo.py with these flags and this seed."""
+
     environment: str
     setting: str
     seed: int

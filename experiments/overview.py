@@ -57,12 +57,14 @@ def overview(rows: Rows, environments: list[str] | None = None, settings=ISOLATE
 
 
 def column_title(name: str, values: list[float]) -> str:
+    """A switch with its mean effect and interval."""
     mean, low, high = interval(values)
     lines = textwrap.wrap(label_of(name), 13)
     return "\n".join([*lines, f"{mean:+.1f}", f"[{low:+.1f}, {high:+.1f}]"])
 
 
 def draw_mean(axes, values: list[float], y: float) -> None:
+    """The mean over all environments as a diamond, and the lines of the panel."""
     mean, low, high = interval(values)
     axes.fill([low, mean, high, mean], [y, y - 0.35, y, y + 0.35], color="black")
     axes.axvline(0, color="black", linewidth=0.8)

@@ -26,14 +26,17 @@ class Takeaway:
 
 
 def here(label: str, sign: str, setting: str, baseline: str = "lite_ppo", measure=ACCURACY):
+    """A finding on the real model."""
     return Finding(label, sign, setting, baseline, [GSM8K], measure)
 
 
 def higher(label: str, sign: str, method: str, measure=ACCURACY):
+    """A finding at the higher rate, against Lite PPO at that rate."""
     return here(label, sign, method + HIGH, "lite_ppo" + HIGH, measure)
 
 
 def on_toy(label: str, sign: str, method: str) -> Finding:
+    """A finding about a method on the toy's base model."""
     return Finding(label, sign, f"tuned {method}", "tuned lite_ppo", PAIR[:1])
 
 
@@ -145,6 +148,7 @@ def what_was_run(real: Results) -> str:
 
 
 def methods(real: Results) -> list[str]:
+    """The table of methods and rates."""
     body = []
     for suffix in ("", HIGH):
         for name in [*COMPARED, "reinforce"]:
@@ -155,6 +159,7 @@ def methods(real: Results) -> list[str]:
 
 
 def method(real: Results, name: str, suffix: str) -> list[str]:
+    """A line of that table."""
     setting = name + suffix
     config = next(iter(real.rows[GSM8K, setting].values()))["config"]
     seeds = level(real.rows, setting, [GSM8K], ACCURACY)
@@ -166,6 +171,7 @@ def method(real: Results, name: str, suffix: str) -> list[str]:
 
 
 def higher_rate(real: Results) -> str:
+    """What the higher rate changes. ValueError if the results contradict the text."""
     for finding in HIGHER_RATE:
         finding.check(real, HIGHER_RATE_TEXT)
     for name, expected in GAINS.items():
@@ -181,6 +187,7 @@ def higher_rate(real: Results) -> str:
 
 
 def takeaways(toy: Results, real: Results) -> list[str]:
+    """The table of claims, on the toy and on the real model."""
     body = []
     for line in TAKEAWAYS:
         line.toy.check(toy, line.carries_over)

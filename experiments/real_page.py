@@ -82,6 +82,7 @@ def place(setting: str) -> tuple[int, float]:
 
 
 def swept(setting: str) -> bool:
+    """Whether the setting names its own learning rate: METHOD at RATE."""
     return " at " in setting
 
 

@@ -153,12 +153,14 @@ def record(run: Run, folder: Path, seconds: float) -> dict:
 
 
 def preload() -> None:
+    """Import slow packages once, before the forks."""
     for name in PRELOADED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
 
 
 def arguments(run: Run, folder: Path) -> list[str]:
+    """The command line of a run."""
     return [*shlex.split(run.flags), "--seed", str(run.seed), "--output-dir", str(folder)]
 
 
@@ -216,9 +218,11 @@ class Pool:
     deadline: float = math.inf  # no run starts later
 
     def folder_of(self, run: Run) -> Path:
+        """The directory of a run."""
         return self.folder / run.name.replace("/", "-").replace(" ", "_")
 
     def start(self, run: Run) -> Started:
+        """Start a run in its directory."""
         folder = self.folder_of(run)
         if not self.keep:  # left by a grid that was killed
             shutil.rmtree(folder, ignore_errors=True)
@@ -312,6 +316,7 @@ def open_results(results: Path) -> None:
 
 
 def by_seed(run: Run) -> int:
+    """Sort key: the number of the seed within its question."""
     return run.seed % 100  # the sweep has seeds from 101
 
 
@@ -380,11 +385,13 @@ def run_toy(pool: Pool, only: list[str], reduced: bool) -> list[str]:
 
 
 def flag_value(run: Run, flag: str) -> str:
+    """The value of a flag of the run."""
     words = run.flags.split()
     return words[words.index(flag) + 1]
 
 
 def cores() -> int:
+    """CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -136,6 +136,7 @@ def markdown(head: list[str], body: list[list[str]]) -> list[str]:
 
 
 def summary(results: Results) -> list[str]:
+    """The beginning of results.md."""
     hours = sum(row["seconds"] for row in results.lines) / 3600
     days = sorted({row["date"] for row in results.lines})
     period = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
@@ -155,6 +156,7 @@ def summary(results: Results) -> list[str]:
 
 
 def means(rows: Rows) -> list[list[str]]:
+    """Rows with the mean effect over groups of environments."""
     body = []
     for words in MEANS:
         cells = [show_effect(rows, name, "lite_ppo", where(*words)) for name in ISOLATED[1:]]
@@ -214,6 +216,7 @@ def question_table(rows: Rows, question: Question) -> list[str]:
 
 
 def sweep_table(results: Results) -> list[str]:
+    """Accuracy of each method at each learning rate."""
     body = []
     for name in METHODS:
         cells = [show_level(results.rows, f"{name} at {rate}", PAIR[:1]) for rate in RATES]
@@ -246,6 +249,7 @@ def methods_line(results: Results, environment: str, name: str) -> list[str]:
 
 
 def methods_tables(results: Results) -> list[str]:
+    """A table of methods for each environment."""
     head = [
         "method",
         "rate",

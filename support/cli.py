@@ -76,6 +76,7 @@ def take(base: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_toy() -> str:
+    """The order of defaults, presets and flags, and the toy's defaults, for --help."""
     flags = []
     for name, value in TOY_DEFAULTS.items():
         flag = "--" + name.replace("_", "-")

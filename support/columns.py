@@ -29,6 +29,8 @@ DETECTED = Columns()
 
 
 class PlacedRow(NamedTuple):
+    """A row, where it comes from, and the messages of its problem."""
+
     place: str  # for messages, such as FILE:LINE
     row: Row  # all columns; "problem" and "answer" are non-empty strings
     chat: Chat  # what the model is asked, without --system-prompt

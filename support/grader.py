@@ -23,12 +23,16 @@ from support.columns import Row
 
 
 class Grade(NamedTuple):
+    """What a reward gives a response."""
+
     score: float  # 0 if there is none
     failure: str  # why there is no score, or ""
     seconds: float  # duration of the reward
 
 
 class Limits(NamedTuple):
+    """What a response may use."""
+
     timeout: float  # seconds per response
     memory_gib: float  # per worker; 0: no limit
 

@@ -238,4 +238,5 @@ def eval_metrics(responses: list[Response], problems: int) -> dict[str, float]:
 
 
 def mean(values: list) -> float:
+    """The mean of numbers or bools."""
     return sum(values) / len(values)

@@ -25,6 +25,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        """One optimizer step, from the gradients."""
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for parameter in group["params"]:
@@ -41,6 +42,7 @@ class Muon(torch.optim.Optimizer):
             parameter.add_(update, alpha=-scale)
 
     def momentum_of(self, parameter: torch.Tensor, momentum: float) -> torch.Tensor:
+        """Add the gradient of a parameter to its momentum. Returns the Nesterov update."""
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)

@@ -403,6 +403,8 @@ def compact(text: str) -> str:
 
 
 class Quantity(NamedTuple):
+    """An answer without its unit, and the unit."""
+
     value: str
     unit: frozenset[str]  # words with powers, such as {"km", "h-1"}; empty: no unit
 

@@ -80,6 +80,7 @@ class Template:
 
 
 def has_system_message(chat: Chat) -> bool:
+    """Whether one of the messages is the system's (some models call it developer)."""
     return any(message["role"] in ("system", "developer") for message in chat)
 
 

@@ -214,8 +214,10 @@ class Run:
         self.resources.callback(self.bar.close)
 
     def is_due(self, step: int, every: int) -> bool:
-        """True at the first step, at the last one, and at every `every`-th between."""
-        return step in (0, self.cfg.steps) or bool(every) and step % every == 0
+        """True at step 0, at the last step, and between them at every `every`-th; 0: at none."""
+        if step in (0, self.cfg.steps):
+            return True
+        return every > 0 and step % every == 0
 
     # ---- a step ----------------------------------------------------------------------------------
 

@@ -14,6 +14,8 @@ Weights = Iterator[tuple[str, torch.Tensor]]
 
 
 class Sampling(NamedTuple):
+    """How responses are drawn."""
+
     n: int  # responses per prompt; response k is drawn with the seed of the prompt + k
     max_new_tokens: int
     temperature: float  # 0: always the most likely token
@@ -22,6 +24,8 @@ class Sampling(NamedTuple):
 
 
 class Sample(NamedTuple):
+    """A drawn response."""
+
     token_ids: np.ndarray  # [length] int32, with the end-of-sequence token
     logprobs: np.ndarray  # [length] float32, after temperature, top-p and top-k
     truncated: bool  # ended by the length limit

@@ -128,6 +128,7 @@ def shrink_layers(tiny, config) -> None:
 
 
 def map_to_text(values) -> list[str]:
+    """The values as texts: some are lists or dicts, which cannot be keys."""
     return [str(value) for value in values]
 
 
@@ -147,6 +148,7 @@ def original_context(config) -> int | None:
 
 
 def shrink_rope(tiny, config, original_length: int, head_dim: int) -> None:
+    """Shrink the rotary settings: original context length, and factors for each pair."""
     if getattr(config, "original_max_position_embeddings", None):
         tiny.original_max_position_embeddings = original_length
     for settings in rope_settings(tiny):
@@ -228,11 +230,13 @@ class Text:
 
 
 def describe(error: Exception) -> str:
+    """The type of an error and the first line of its message."""
     first_line = (str(error).strip() or "no message").splitlines()[0]
     return f"{type(error).__name__}: {first_line[:200]}"
 
 
 def count_parameters(config) -> int:
+    """Number of parameters of a model of this config, without memory for it."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -281,6 +285,7 @@ def find_difference(plain, packed, texts: list[Text], expected: torch.Tensor) ->
 
 
 def largest(difference: torch.Tensor) -> float:
+    """The largest absolute value."""
     return float(difference.detach().abs().max())
 
 
@@ -293,6 +298,7 @@ def head_logprobs(model, token_ids: torch.Tensor, targets: torch.Tensor, **kwarg
 
 
 def packed_logprobs(model, texts: list[Text]) -> torch.Tensor:
+    """The log-probs of all texts [sum of lengths], computed as one packed row."""
     lengths = [len(text.token_ids) for text in texts]
     return head_logprobs(
         model,

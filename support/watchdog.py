@@ -48,6 +48,7 @@ class Watchdog(threading.Thread):
         self.moved = 0  # bytes_moved() at the last sign of life that came from it
 
     def run(self) -> None:
+        """The thread: report own progress, look at others, end the process if it is late."""
         reported = None  # signs of life of this rank, as last written
         looked = 0.0  # when the other ranks were last read
         while not self.ended.wait(0.25):
