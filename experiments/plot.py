@@ -15,7 +15,7 @@ import figures
 import findings
 import real_page
 from grid import ENVIRONMENTS
-from run import HERE, load
+from records import HERE, load
 from tables import Results, results_page
 
 TOY_RESULTS = HERE / "results/toy.jsonl"

@@ -33,7 +33,9 @@ from pathlib import Path
 
 from definitions import DEFINITIONS
 from grid import METHODS, SETTINGS, Run, cells
-from run import HERE, Pool, complete, cores, missing, open_results, record, report
+from pool import Pool
+from records import HERE, open_results, record
+from run import complete, cores, missing, report
 
 from support.logs import read_jsonl
 

@@ -27,9 +27,11 @@ import findings  # noqa: E402
 import grid  # noqa: E402
 import overview  # noqa: E402
 import plot  # noqa: E402
+import pool  # noqa: E402
 import real  # noqa: E402
 import real_findings  # noqa: E402
 import real_page  # noqa: E402
+import records  # noqa: E402
 import run  # noqa: E402
 import tables  # noqa: E402
 
@@ -243,7 +245,7 @@ CHANGES = {  # what each setting changes in the configuration
 
 def config_of(setting: str) -> dict:
     (made,) = grid.cells(grid.PAIR[:1], [setting], [1])
-    args = run.arguments(made, Path("x"))
+    args = pool.arguments(made, Path("x"))
     return vars(cli.parse_config(lite_ppo.Config, lite_ppo.PRESETS, args))
 
 
@@ -427,13 +429,13 @@ def test_the_title_of_the_overview_names_large_effects_only():
 
 def full(setting: str, seed: int, environment: str, steps: int = 4, accuracy: float = 0.5) -> dict:
     """A line as run.py writes it."""
-    curve = {name: [0.25 + 0.01 * seed] * steps for name in run.CURVES}
+    curve = {name: [0.25 + 0.01 * seed] * steps for name in records.CURVES}
     curve |= {"rollout/responses": [64] * steps, "reward/std": [0.0] * steps}
     evaluation = {"step": [0, steps]}
     for name in ("toy", "other"):
         for metric in ("accuracy", "pass_at_k"):
             evaluation[f"eval/{name}/{metric}"] = [0.2, accuracy]
-    final = dict.fromkeys(run.LATE, 0.1)
+    final = dict.fromkeys(records.LATE, 0.1)
     final |= dict(accuracy=accuracy, accuracy_before=0.2, reward=0.3)
     return dict(
         environment=environment,
@@ -617,19 +619,21 @@ def test_real_models_run_once_and_failed_runs_are_repeated(tiny, monkeypatch):
     kept = (tiny / "r/failed/data_model-lite_ppo-3.txt").read_text()
     for text in (broken.stdout, kept):  # the reason is printed, and kept
         assert "--top-p 0.0: must be positive" in text
-    assert run.load(results) == []
+    assert records.load(results) == []
 
     words.insert(words.index("lite_ppo"), "group std")
     made = forks.run_script(script, *words, "--flags", tiny_flags).wait()
     assert made.returncode == 0, made.stdout
-    rows = {row["setting"]: row for row in run.load(results)}  # in any order: two ran side by side
+    rows = {
+        row["setting"]: row for row in records.load(results)
+    }  # in any order: two ran side by side
     assert set(rows) == {"lite_ppo", "group std"}
     assert "advantage_std" not in rows["lite_ppo"]["config"]
     assert rows["group std"]["config"]["advantage_std"] == "group"
     for row in rows.values():
         assert row["environment"] == "data model" and row["seed"] == 3
         assert row["config"]["seed"] == 3 and row["evaluation"]["step"] == [0, 1, 2]
-        assert all(len(row["curve"][name]) == 2 for name in run.CURVES)
+        assert all(len(row["curve"][name]) == 2 for name in records.CURVES)
         assert row["config"]["eval_data"] == ["one=data.jsonl"]  # without the folder
         assert str(tiny) not in json.dumps(row)
 
@@ -656,7 +660,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch):
     recorder = Recorder()
-    monkeypatch.setattr(run.Pool, "run_all", recorder)
+    monkeypatch.setattr(pool.Pool, "run_all", recorder)
     return recorder
 
 
@@ -750,20 +754,20 @@ def test_failed_runs_on_a_real_model_are_the_exit_code(recorder, tmp_path, monke
 
 def test_runs_beyond_the_time_are_not_started(tmp_path):
     runs = grid.cells(grid.PAIR[:1], ["lite_ppo"], [1, 2])
-    pool = run.Pool(tmp_path / "r.jsonl", tmp_path, jobs=2, deadline=0)
-    assert pool.run_all(runs) == [f"{r.name}: not started, the time is over" for r in runs]
+    some_runs = pool.Pool(tmp_path / "r.jsonl", tmp_path, jobs=2, deadline=0)
+    assert some_runs.run_all(runs) == [f"{r.name}: not started, the time is over" for r in runs]
 
 
 def test_unfinished_runs_can_be_read(tmp_path, monkeypatch):
     folder = tmp_path / "runs/gsm_final-lite_ppo-0"
     folder.mkdir(parents=True)
-    step = dict.fromkeys([*run.CURVES, "time/step"], 0.5)
+    step = dict.fromkeys([*records.CURVES, "time/step"], 0.5)
     log = [{"step": 0, "eval/t/accuracy": 0.2}, {"step": 1, **step}, {"step": 2, **step}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     (folder / "config.json").write_text(json.dumps({"model": "/a/b", "steps": 30}))
     words = ["--only", "methods", "--folder", str(tmp_path / "runs"), "--partial"]
     assert call_real(monkeypatch, tmp_path, *words, str(tmp_path / "p.jsonl")) == 0
-    (row,) = run.load(tmp_path / "p.jsonl")
+    (row,) = records.load(tmp_path / "p.jsonl")
     assert row["curve"]["policy/entropy"] == [0.5, 0.5] and row["seconds"] == 1
     assert row["evaluation"] == {"step": [0], "eval/t/accuracy": [0.2]}
     assert row["config"]["model"] == "b"
@@ -809,11 +813,11 @@ def exit_without_logs(made, folder):
 
 
 def test_a_run_with_unreadable_logs_does_not_stop_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "child", exit_without_logs)
-    pool = run.Pool(tmp_path / "r.jsonl", tmp_path, jobs=2)
-    failures = pool.run_all(grid.cells(grid.PAIR[:1], ["lite_ppo"], [1, 2]))
+    monkeypatch.setattr(pool, "child", exit_without_logs)
+    some_runs = pool.Pool(tmp_path / "r.jsonl", tmp_path, jobs=2)
+    failures = some_runs.run_all(grid.cells(grid.PAIR[:1], ["lite_ppo"], [1, 2]))
     assert len(failures) == 2 and all("cannot be read" in text for text in failures)
-    assert run.load(tmp_path / "r.jsonl") == []
+    assert records.load(tmp_path / "r.jsonl") == []
 
 
 SEVEN = """
@@ -828,9 +832,9 @@ import torch
 
 sys.path.insert(0, EXPERIMENTS)
 import grid
-import run
+import pool
 
-make = run.lite_ppo.make_minibatches
+make = pool.lite_ppo.make_minibatches
 
 
 def keep(responses, advantages, step, cfg):
@@ -839,10 +843,10 @@ def keep(responses, advantages, step, cfg):
     return make(responses, advantages, step, cfg)
 
 
-run.lite_ppo.make_minibatches = keep
+pool.lite_ppo.make_minibatches = keep
 grid.ENVIRONMENTS["tiny"] = FLAGS
 runs = grid.cells(["tiny"], ["lite_ppo", "std: within groups", "eps 1e-4"], [5])
-assert run.Pool(Path("f.jsonl"), Path("forks"), jobs=2, keep=True).run_all(runs) == []
+assert pool.Pool(Path("f.jsonl"), Path("forks"), jobs=2, keep=True).run_all(runs) == []
 """
 
 
@@ -894,7 +898,7 @@ def samples(path: Path) -> list[dict]:
 def test_a_fork_is_an_ordinary_run(forked):
     plain = samples(forked / "plain/samples.jsonl")
     assert plain and plain == samples(forked / "forks/tiny-lite_ppo-5/samples.jsonl")
-    rows = {row["setting"]: row for row in run.load(forked / "f.jsonl")}
+    rows = {row["setting"]: row for row in records.load(forked / "f.jsonl")}
     assert "advantage" not in rows["lite_ppo"] and rows["eps 1e-4"]["advantage"] == "eps 1e-4"
 
 
