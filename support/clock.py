@@ -12,31 +12,28 @@ import torch
 class Clock:
     """Seconds and peak memory (GiB) of phases: `with clock("rollout"):` or `@clock("update")`.
 
-    The class attributes hold the current step and phase of the process. The watchdog and all
-    messages about failures read them.
+    A process has one clock. The watchdog and all messages about failures read its step and phase.
     """
 
-    step = 0
-    phase = "start"
-    ticks = 0  # all ranks tick at the same points: the rank with the fewest ticks is behind
-    signs = 0  # signs of life: ticks, and others that a rank has alone, such as its tokens
-    since = time.monotonic()  # time of the last sign of life
-
     def __init__(self):
+        self.phase = "start"
+        self.ticks = 0  # all ranks tick at the same points: the one with the fewest is behind
+        self.signs = 0  # signs of life: ticks, and others that a rank has alone, such as its tokens
+        self.since = time.monotonic()  # time of the last sign of life
         self.start(0)
 
     def start(self, step: int) -> None:
         """Begin a step: clear the measurements of the last one."""
-        Clock.step = step
+        self.step = step
         self.seconds: dict[str, float] = defaultdict(float)
         self.memory: dict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
     def __call__(self, phase: str):
         """Measure a phase. Phases may be nested; the memory of the outer one is then incomplete."""
-        outer = Clock.phase
-        Clock.phase = phase
-        Clock.tick()
+        outer = self.phase
+        self.phase = phase
+        self.tick()
         reset_peak_memory()
         start = time.perf_counter()
         yield  # after an exception the phase keeps its name, for the message
@@ -44,25 +41,22 @@ class Clock:
             torch.cuda.synchronize()
         self.seconds[phase] += time.perf_counter() - start
         self.memory[phase] = max(self.memory[phase], peak_memory())
-        Clock.phase = outer
-        Clock.tick()
+        self.phase = outer
+        self.tick()
 
-    @classmethod
-    def tick(cls) -> None:
+    def tick(self) -> None:
         """Record progress that every rank makes."""
-        cls.ticks += 1
-        cls.alive()
+        self.ticks += 1
+        self.alive()
 
-    @classmethod
-    def alive(cls) -> None:
+    def alive(self) -> None:
         """Record a sign of life that other ranks may not have, such as a token."""
-        cls.signs += 1
-        cls.since = time.monotonic()
+        self.signs += 1
+        self.since = time.monotonic()
 
-    @classmethod
-    def where(cls) -> str:
+    def where(self) -> str:
         """The current step and phase, for messages."""
-        return f"step {cls.step}, {cls.phase}"
+        return f"step {self.step}, {self.phase}"
 
 
 clock = Clock()

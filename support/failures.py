@@ -4,7 +4,7 @@ import traceback
 
 import torch
 
-from support.clock import Clock
+from support.clock import clock
 
 REMEDIES = {  # phase: what reduces its memory
     "start": "more ranks, --cpu-offload, or a lower --gpu-memory-utilization",
@@ -40,7 +40,7 @@ def out_of_memory(error: BaseException) -> str:
     is_memory_error = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if not is_memory_error and not any(part in str(error) for part in OUT_OF_MEMORY):
         return ""
-    remedy = REMEDIES.get(Clock.phase, "a lower --micro-batch-tokens")
+    remedy = REMEDIES.get(clock.phase, "a lower --micro-batch-tokens")
     detail = (str(error).strip() or "MemoryError").splitlines()[0]
     return f"out of memory; {remedy} helps. benchmarks/memory_plan.py shows what fits. ({detail})"
 
@@ -52,7 +52,7 @@ def rank_has_ended(error: BaseException) -> bool:
 
 def describe(error: BaseException, rank: int) -> str:
     """One message for a failure: where, what, and the remedy or the stack."""
-    where = f"error: rank {rank}, {Clock.where()}"
+    where = f"error: rank {rank}, {clock.where()}"
     text = f"{type(error).__name__}: {error}"
     if memory := out_of_memory(error):
         return f"{where}: {memory}"

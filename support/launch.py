@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from support.cli import parse_config
-from support.clock import Clock
+from support.clock import clock
 from support.errors import RunError, Stopped, UserError
 from support.failures import describe
 from support.rendezvous import meet_ranks
@@ -68,7 +68,7 @@ def main(Config: type, presets: dict[str, dict], train: Callable) -> int:
         message = str(error)
     except RunError as error:
         code = 1
-        message = f"{Clock.where()}: {error}"
+        message = f"{clock.where()}: {error}"
     except (Exception, dcp.api.CheckpointException) as error:  # torch's is not an Exception
         code = 1
         print(describe(error, env("RANK", 0)), file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from support.clock import Clock
+from support.clock import clock
 from support.host import read_fields
 
 
@@ -53,14 +53,14 @@ class Watchdog(threading.Thread):
         looked = 0.0  # when the other ranks were last read
         while not self.ended.wait(0.25):
             self.look_at_bytes()
-            if Clock.signs != reported:
-                reported = Clock.signs
+            if clock.signs != reported:
+                reported = clock.signs
                 self.report()
             now = time.monotonic()
-            if now - max(looked, Clock.since) > 60 * self.minutes / self.LOOKS:
+            if now - max(looked, clock.since) > 60 * self.minutes / self.LOOKS:
                 looked = now
                 self.look_at_ranks_behind()
-            late = time.monotonic() - Clock.since - 60 * self.minutes
+            late = time.monotonic() - clock.since - 60 * self.minutes
             if late <= 0:
                 continue
             others = self.describe_ranks_behind()
@@ -72,15 +72,15 @@ class Watchdog(threading.Thread):
         if self.store is None:
             return
         try:
-            self.store.set(f"lite_ppo/{self.rank}", f"{Clock.ticks} {Clock.signs} {Clock.where()}")
+            self.store.set(f"lite_ppo/{self.rank}", f"{clock.ticks} {clock.signs} {clock.where()}")
         except RuntimeError:  # the store is closed, because the run has ended
             self.store = None
 
     def look_at_bytes(self) -> None:
         """In start-up, BLOCK bytes that were read or written are a sign of life."""
-        if Clock.phase == "start" and (moved := bytes_moved()) - self.moved >= self.BLOCK:
+        if clock.phase == "start" and (moved := bytes_moved()) - self.moved >= self.BLOCK:
             self.moved = moved
-            Clock.alive()
+            clock.alive()
 
     def look_at_ranks_behind(self) -> None:
         """Wait longer if a rank behind has shown a new sign of life: waiting for it is healthy.
@@ -88,18 +88,18 @@ class Watchdog(threading.Thread):
         This is no sign of life of this rank. So two ranks never keep each other alive.
         """
         try:
-            found = self.ranks_behind(Clock.ticks + (Clock.phase == "start"))
+            found = self.ranks_behind(clock.ticks + (clock.phase == "start"))
         except RuntimeError:
             return
         signs = {rank: signs for rank, (signs, _) in found.items()}
         if any(signs[rank] != self.seen.get(rank, signs[rank]) for rank in signs):
-            Clock.since = time.monotonic()
+            clock.since = time.monotonic()
         self.seen = signs
 
     def describe_ranks_behind(self) -> str:
         """The ranks that have made less progress than this one, for the message."""
         try:
-            behind = self.ranks_behind(Clock.ticks)
+            behind = self.ranks_behind(clock.ticks)
         except RuntimeError:
             return "; the other ranks cannot be reached"
         places = [f"; rank {rank} is behind, in {where}" for rank, (_, where) in behind.items()]
@@ -124,7 +124,7 @@ class Watchdog(threading.Thread):
     def end_process(self, others: str) -> None:
         """Print the message and the stack of every thread, and exit. others: the ranks behind."""
         print(
-            f"error: rank {self.rank}, {Clock.where()}: no progress for --timeout-minutes "
+            f"error: rank {self.rank}, {clock.where()}: no progress for --timeout-minutes "
             f"{self.minutes:g}{others}. The stack of this rank:",
             file=sys.stderr,
             flush=True,
@@ -142,7 +142,7 @@ class Watchdog(threading.Thread):
 def watch(minutes: float, rank: int, world: int, store=None) -> None:
     """Start the watchdog of this process."""
     watchdog = Watchdog(minutes, rank, world, store)
-    Clock.tick()  # start now: this process may be a fork of one that is hours old
+    clock.tick()  # start now: this process may be a fork of one that is hours old
     watchdog.start()
     # Stop the thread before the interpreter exits: a daemon thread that is killed inside a C++
     # store call aborts the process (exit code -6).

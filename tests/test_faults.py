@@ -27,7 +27,7 @@ import tricks
 from lite_ppo import make_micro_batch
 from support import run, samplers, watchdog
 from support.checkpoints import checkpoints
-from support.clock import Clock, clock
+from support.clock import clock
 from support.data import Problem
 from support.errors import RunError, Stopped
 from support.logs import Log
@@ -95,33 +95,33 @@ def test_slow_rank_with_signs_of_life_is_no_fault(faulty_runs, root):
 def test_only_signs_of_life_of_a_rank_behind_count(reports, alive, monkeypatch):
     """While a run starts, ranks wait at the same point for the one that downloads."""
     phase = "start" if "start" in reports[0] else "reward"
-    monkeypatch.setattr(Clock, "phase", phase)
-    monkeypatch.setattr(Clock, "ticks", 99)
-    monkeypatch.setattr(Clock, "signs", 0)
-    monkeypatch.setattr(Clock, "since", 0.0)
+    monkeypatch.setattr(clock, "phase", phase)
+    monkeypatch.setattr(clock, "ticks", 99)
+    monkeypatch.setattr(clock, "signs", 0)
+    monkeypatch.setattr(clock, "since", 0.0)
     store = dist.HashStore()
     watching = watchdog.Watchdog(60, rank=0, world=2, store=store)
     for report in reports:
-        assert Clock.since == 0
+        assert clock.since == 0
         store.set("lite_ppo/1", report)
         watching.look_at_ranks_behind()
-    assert (Clock.since > 0) == alive
-    assert Clock.signs == 0  # two ranks that wait must not count for each other
+    assert (clock.since > 0) == alive
+    assert clock.signs == 0  # two ranks that wait must not count for each other
 
 
 @pytest.mark.skipif(watchdog.bytes_moved() == 0, reason="the system does not count bytes")
 @pytest.mark.parametrize("phase,size,alive", [("start", 2, 1), ("start", 0, 0), ("update", 2, 0)])
 def test_load_is_a_sign_of_life_in_start_up(phase, size, alive, monkeypatch, tmp_path):
     """A download that was slow and healthy ended the run."""
-    monkeypatch.setattr(Clock, "phase", phase)
+    monkeypatch.setattr(clock, "phase", phase)
     found = watchdog.Watchdog(60, rank=0, world=1)
     found.moved = watchdog.bytes_moved()
-    monkeypatch.setattr(Clock, "signs", 0)
-    monkeypatch.setattr(Clock, "since", 0.0)
+    monkeypatch.setattr(clock, "signs", 0)
+    monkeypatch.setattr(clock, "since", 0.0)
     (tmp_path / "file").write_bytes(bytes(size * 2**20))
     for _ in range(3):
         found.look_at_bytes()
-    assert (Clock.signs, Clock.since > 0) == (alive, bool(alive))
+    assert (clock.signs, clock.since > 0) == (alive, bool(alive))
 
 
 def test_launcher_restarts_a_run_from_its_checkpoint(faulty_runs, root):
@@ -139,7 +139,7 @@ import threading
 from datetime import timedelta
 import torch.distributed as dist
 from support import watchdog
-from support.clock import Clock
+from support.clock import clock
 
 class SlowStore:
     store = dist.HashStore()
@@ -153,7 +153,7 @@ class SlowStore:
             except dist.DistError:
                 pass
 
-Clock.since -= 9999  # before the watchdog starts, so it does not count
+clock.since -= 9999  # before the watchdog starts, so it does not count
 watchdog.watch(60, 0, 2, SlowStore())
 SlowStore.asked.wait()
 """

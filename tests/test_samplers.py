@@ -20,7 +20,7 @@ from transformers import AutoConfig, DynamicCache
 import lite_ppo
 from lite_ppo import Problem, Response, build_policy, full_weights, make_micro_batch
 from support import failures, models, samplers, toy, transformers_sampler, vllm_sampler
-from support.clock import Clock
+from support.clock import clock
 from support.errors import UserError
 from support.sampling import Sample, Sampling
 from tests import faulty
@@ -150,11 +150,11 @@ def test_sampler_reads_more_prompt_tokens_than_vllm_schedules_at_once(engine):
 
 def test_sampler_shows_a_sign_of_life_for_each_position(engine):
     """No tick: the ranks compare their ticks, and another rank may sample fewer positions."""
-    signs = Clock.signs
-    ticks = Clock.ticks
+    signs = clock.signs
+    ticks = clock.ticks
     longest = max(len(sample.token_ids) for sample in engine.samples(FOUR_EACH))
-    assert Clock.signs - signs >= longest > 4
-    assert Clock.ticks == ticks
+    assert clock.signs - signs >= longest > 4
+    assert clock.ticks == ticks
 
 
 def test_sampler_is_greedy_at_temperature_0(engine, root):
