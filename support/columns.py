@@ -42,7 +42,9 @@ ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "ground_truth", "
 WORKED_COLUMNS = ("solution", "completion")  # a worked solution, or the answer alone
 VERL_ANSWER = "reward_model.ground_truth"  # a row that has it is verl's
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "environment", "ipython")
-OPTION_COLUMNS = ("choices", "options")  # of questions with several answers to choose from
+# Columns that hold a part of the problem (MMLU, SVAMP, DROP), unless the problem shows it itself.
+PART_COLUMNS = ("choices", "options", "body", "context", "passage")
+NO_ANSWERS = ("proof", "notfound")  # NuminaMath-1.5 writes these where there is no answer
 IMAGE = re.compile(r"<image\d*>|<\|image(?:_pad)?\|>")  # what stands for an image in a text
 MAX_DEPTH = 64  # pickle, which sends rows to the workers, fails at some hundreds
 ABSENT = object()  # the value of a column that does not exist; None is a value
@@ -86,7 +88,7 @@ def find_problem(columns: dict, raw: Row, place: str, named: str) -> Chat:
     values = [columns[name] for name in names if name in columns]
     for value in values:
         if messages := to_messages(value, place):
-            check_options(columns, messages, place)
+            check_parts(columns, messages, place)
             return messages
     raise UserError(
         f'{place}: needs "problem" (or {quoted(PROBLEM_COLUMNS[1:])}), a non-empty string or a '
@@ -95,17 +97,18 @@ def find_problem(columns: dict, raw: Row, place: str, named: str) -> Chat:
     )
 
 
-def check_options(columns: dict, messages: Chat, place: str) -> None:
-    """UserError if a question comes with options to choose from and shows none of them."""
-    for name in OPTION_COLUMNS:
-        options = from_json(columns.get(name))
-        if isinstance(options, dict):
-            options = options.get("text")
-        texts = [o for o in options if isinstance(o, str)] if isinstance(options, list) else []
+def check_parts(columns: dict, messages: Chat, place: str) -> None:
+    """UserError if another column has a part of the problem that the messages do not show."""
+    for name in PART_COLUMNS:
+        part = from_json(columns.get(name))
+        if isinstance(part, dict):
+            part = part.get("text")
+        parts = part if isinstance(part, list) else [part]
+        texts = [text for text in parts if isinstance(text, str) and text.strip()]
         if texts and not any(text in message["content"] for text in texts for message in messages):
             raise UserError(
-                f"{place}: the problem does not show its {name} {short(texts)}; write them into "
-                "it. If it is complete without them, --problem-column names its column"
+                f"{place}: the problem does not show its {name} {short(part)}; write it into the "
+                "problem. If that is complete without it, --problem-column names its column"
             )
 
 
@@ -331,6 +334,8 @@ def gold(value: Any) -> str:
         if value.is_integer() and abs(value) < 2**53:
             value = int(value)  # a table stores integers as floats if a row has none
     text = str(value).strip()
+    if text in NO_ANSWERS:
+        return ""
     if marked := after_hashes(text):
         return unwrap(marked)
     if text.count("\\boxed{") == 1:

@@ -264,6 +264,19 @@ def test_error_names_the_place_of_an_unusable_prompt(prompt, words, tmp_path):
 MMLU = {"question": "What is 1+1?", "choices": ["1", "2"], "answer": 1}
 
 
+@pytest.mark.parametrize(
+    "name,part",
+    [("Body", "There are 3."), ("context", "In 1900, 3."), ("options", "a ) 1 , b ) 2")],
+)
+def test_error_if_the_problem_does_not_show_its_other_part(name, part):
+    """SVAMP: the model was asked the question without the text that it is about."""
+    row = {"question": "How many?", "answer": 8, name: part}
+    with pytest.raises(UserError, match=f"place: the problem does not show its {name.lower()}"):
+        columns.to_row(row, "place")
+    for whole in (row | {"question": f"{part} How many?"}, row | {name: ""}, row | {name: 3}):
+        assert columns.to_row(whole, "place").row["answer"] == "8"
+
+
 def test_error_if_the_problem_does_not_show_its_options():
     """MMLU: the model was asked without the choices."""
     for row in (MMLU, MMLU | {"choices": {"text": ["one", "2"]}}):

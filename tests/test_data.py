@@ -78,8 +78,11 @@ GOLDS = [  # value of the answer column, gold answer
     ("a\n#### 2,50\n", "2,50"),
     ("#### 5\nis not at the end", "#### 5\nis not at the end"),
     ("C #### 5", "C #### 5"),
+    ("a proof", "a proof"),
 ]
 NO_GOLDS = [
+    "proof",
+    " notfound ",
     *(None, "", " \n", True, False, math.nan, math.inf, -math.inf),
     *([], [""], ["1", True], {"a": 1}, b"1"),
 ]
@@ -351,6 +354,9 @@ def test_error_names_the_broken_line(line, words, tmp_path):
 UNUSABLE_FILES = [  # name, content, part of the message
     ("some.jsonl", b"", "holds no problems"),
     ("blank.jsonl", b" \r\n\n", "holds no problems"),
+    ("some.parq", b"PAR1\x15\x04", "Parquet; give it a name that ends in .parquet"),
+    ("some.jsonl.gz", b"\x1f\x8b\x08\x00", "compressed (gzip); decompress it"),
+    ("some.zst", b"\x28\xb5\x2f\xfd\x04", "compressed (zstd)"),
     ("", None, "directory"),
     ("none.jsonl", None, "No such file"),
     ("none", None, "no such file"),
@@ -1004,8 +1010,10 @@ def test_warning_counts_answers_that_are_long_texts():
     rows = [{"answer": text} for text in ("5", r"\begin{pmatrix} 1 \\" + "\n" + r"2 \end{pmatrix}")]
     problems = [data.Problem(row, [3]) for row in rows]
     assert data.long_answers([problems]) == ""
-    warning = data.long_answers([problems, [data.Problem({"answer": worked}, [3])]])
-    assert missing_words("1 of 3 answers 'He has ####, --answer-column", warning) == []
+    warning = data.long_answers([problems, [data.Problem({"answer": worked}, [3])] * 2])
+    assert missing_words("2 of 4 answers 'He has ####, --answer-column", warning) == []
+    constraint = data.Problem({"answer": '{"func_name": "f"}'}, [3])  # open-instruct's IFEval
+    assert "1 of 3 answers" in data.long_answers([problems, [constraint]])
 
 
 def test_warning_counts_evaluation_problems_that_are_trained():
