@@ -623,7 +623,8 @@ LITERAL = re.compile(
     r"|:[^:]*:|\d/\d+/\d"  # 3:4:5, a date
     r"|^[A-Z]{3,}$"  # an order of letters
     r"|[A-Z]\}?\s*\["  # E[X], Z[i]
-    r"|(?<!\\sqrt)\[(?!\s*\\begin)(?=[^][(),]*\])[^][(),A-Za-z]*[A-Za-z]"  # [x] may be a floor
+    # [x] may be a floor, [x+1] is a sum in brackets
+    r"|(?<!\\sqrt)\[(?!\s*\\begin)(?=[^][(),+-]*\])[^][(),A-Za-z]*[A-Za-z]"
     r"|(?<![\^\d])\d+\s*_|\\(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|exp)\s*_"  # 12_5 + 1
     rf"|{VECTOR}\s*\{{\w\}}(?:_\{{?\w\}}?)?\s*\\times|\\times\s*{VECTOR}"
     rf"|{INVERTED}\s*[A-Z]|(?<![A-Za-z])[A-Z]\s*{INVERTED}"  # matrices do not commute

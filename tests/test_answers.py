@@ -44,6 +44,8 @@ def test_table(gold, accepted, refused, both_ways):
 
 
 EQUAL = [  # further pairs of gold answer and answer
+    ("2(x+1)", "2[x+1]"),
+    (r"\frac{1}{2}(1-e^{-x})", r"\frac{1}{2}\left[1-e^{-x}\right]"),
     (r"\boxed{42}", "42"),
     (r"73", "73\\"),
     (r"2", r"(1+i)(1-i)"),
