@@ -240,7 +240,7 @@ def count_parameters(config) -> int:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -438,6 +438,28 @@ def test_tokenizer_and_generation_config_name_the_ends_of_a_response(root):
     assert eos_ids == EOS
 
 
+@pytest.mark.parametrize("found", [-1, "<eos>", [1, "<eos>"]])
+def test_end_of_a_response_must_be_a_token_id(found, root, tmp_path):
+    """-1 was taken, and no response ended; a text was an error about < of str and int."""
+    folder = shutil.copytree(root / "tied", tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": found}))
+    with pytest.raises(UserError, match=r"--model .*eos_token_id in gen.* is no token id; give"):
+        models.load_tokenizer(str(folder), 40)
+
+
+def test_attention_of_the_config_need_not_be_installed(root, tmp_path):
+    """A config.json that asks for FlashAttention 2 was refused, although it is never used."""
+    folder = shutil.copytree(root / "tied", tmp_path / "model")
+    text = json.loads((folder / "config.json").read_text())
+    flash = {"attn_implementation": "flash_attention_2"}
+    (folder / "config.json").write_text(json.dumps(text | flash))
+    models.load_tokenizer(str(folder), 40)
+    model = models.build_model(str(folder), torch.float32, "sdpa", CPU)
+    models.load_weights(model, str(folder))
+    models.write_model(model.state_dict(), str(folder), tmp_path / "final")
+    assert models.stored_shapes(str(tmp_path / "final")) == models.stored_shapes(str(folder))
+
+
 @pytest.mark.parametrize("name", ["tied", "untied"])
 def test_stored_shapes_are_those_of_the_tensors(name, root):
     tensors = load_file(root / name / "model.safetensors")
