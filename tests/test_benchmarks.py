@@ -660,7 +660,8 @@ def test_fuzz_notices_a_wrong_verdict():
 def test_mutants_of_scale_reward():
     found = [m for m in mutation.mutants("tricks.py", "scale_reward") if "return" in m.source]
     changes = {(mutant.kind, mutant.old, mutant.new) for mutant in found}
-    assert ("comparison", "low < high", "low <= high") in changes
+    bounds = "0 < high - low < float('inf')"
+    assert ("comparison", bounds, bounds.replace("0 <", "0 <=")) in changes
     assert ("operator", "1 - correct", "1 + correct") in changes
     assert {mutant.function for mutant in found} == {"scale_reward"}
     assert len({mutant.source for mutant in found}) == len(found)
