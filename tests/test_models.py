@@ -3,6 +3,7 @@
 import collections
 import functools
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from support import flash, metrics, models, packed, selfcheck
+from support import flash, metrics, models, packed, selfcheck, toy
 from support.clock import clock
 from support.errors import RunError
 from support.packed import packed_attention
@@ -97,6 +98,16 @@ def test_final_model_has_a_generation_config_only_if_its_source_has_one(tmp_path
     (tmp_path / "model/generation_config.json").write_text(text)
     models.write_model(state, folder, tmp_path / "other")
     assert (tmp_path / "other/generation_config.json").read_text() == text
+
+
+def test_tokenizer_of_transformers_is_used_beside_that_of_mistral(tmp_path):
+    """With mistral-common, which vLLM brings, the run ended with an AttributeError."""
+    package = Path(pytest.importorskip("mistral_common").__file__).parent
+    folder = architectures.make_folder(CONFIG_MAPPING["mistral"](), tmp_path / "model")
+    tekken = min(package.glob("data/tekken*.json"))
+    (tmp_path / "model/tekken.json").symlink_to(tekken)
+    tokenizer, _ = models.load_tokenizer(str(folder), 40)
+    assert tokenizer.get_vocab() == toy.make_tokenizer().get_vocab()
 
 
 # ---- refused by name -----------------------------------------------------------------------------

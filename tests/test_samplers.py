@@ -447,15 +447,6 @@ def test_end_of_a_response_must_be_a_token_id(found, root, tmp_path):
         models.load_tokenizer(str(folder), 40)
 
 
-def test_tokenizer_of_transformers_is_used_beside_that_of_mistral(root, tmp_path):
-    """With mistral-common, which vLLM brings, the run ended with an AttributeError."""
-    package = Path(pytest.importorskip("mistral_common").__file__).parent
-    folder = shutil.copytree(root / "tied", tmp_path / "model")
-    (folder / "tekken.json").symlink_to(min(package.glob("data/tekken*.json")))
-    tokenizer, _ = models.load_tokenizer(str(folder), 40)
-    assert tokenizer.get_vocab() == toy.make_tokenizer().get_vocab()
-
-
 def test_attention_of_the_config_need_not_be_installed(root, tmp_path):
     """A config.json that asks for FlashAttention 2 was refused, although it is never used."""
     folder = shutil.copytree(root / "tied", tmp_path / "model")
