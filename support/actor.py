@@ -51,5 +51,9 @@ class Actor:
         return responses
 
     def decode(self, token_ids: np.ndarray) -> str:
-        """The text of a response, without special tokens."""
-        return self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
+        """The text of a response as the model wrote it, without special tokens.
+
+        Some tokenizers would remove spaces before punctuation by default.
+        """
+        options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(token_ids.tolist(), **options)

@@ -149,7 +149,9 @@ MISTAKES = {  # a flag and its value, and further flags: words that the message 
     '--chat-template-kwargs {"tokenize":true}': "--chat-template-kwargs sets tokenize itself",
     "--eval-data ROOT/no=3/t.jsonl": "--eval-data: ROOT/no=3/t.jsonl No such file",
     # models
-    "--model ROOT/none": "--model ROOT/none",
+    "--model ROOT/none": "--model ROOT/none: no such folder; OWNER/NAME",
+    "--model ROOT/tied/config.json": "config.json: no such folder; OWNER/NAME",
+    "--model ": "--model : no such folder",
     "--model nobody/nothing": "--model nobody/nothing",
     "--model toy:huge": "--model toy:huge small, large",
     "--model ROOT/hollow": "--model ROOT/hollow",

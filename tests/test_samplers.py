@@ -15,11 +15,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, DynamicCache
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, DynamicCache, PreTrainedTokenizerFast
 
 import lite_ppo
 from lite_ppo import Problem, Response, build_policy, full_weights, make_micro_batch
 from support import failures, models, samplers, toy, transformers_sampler, vllm_sampler
+from support.actor import Actor
 from support.clock import clock
 from support.errors import UserError
 from support.sampling import Sample, Sampling
@@ -428,6 +432,15 @@ def test_class_that_vllm_takes_from_transformers_is_not_sampled_by_it(own_classe
 def test_transformers_does_not_need_vllm(fake_vllm):
     kind, _ = samplers.choose_sampler("transformers")
     assert kind == "transformers"
+
+
+def test_text_of_a_response_keeps_its_spaces():
+    """The default of some tokenizers is to remove those before punctuation."""
+    words = Tokenizer(WordLevel({"a": 0, " ": 1, "?": 2}))
+    words.decoder = Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, clean_up_tokenization_spaces=True)
+    assert tokenizer.decode([0, 1, 2]) == "a?"
+    assert Actor(None, tokenizer, None).decode(np.array([0, 1, 2])) == "a ?"
 
 
 # ---- model folders -------------------------------------------------------------------------------
