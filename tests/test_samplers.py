@@ -503,6 +503,19 @@ def test_weights_come_from_the_files_that_transformers_reads(root, tmp_path):
         models.stored_shapes(str(folder))
 
 
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_weights_must_be_finite(value, root, tmp_path):
+    """All optimizer steps were skipped, the responses were blamed, and a final model was saved."""
+    folder = shutil.copytree(root / "tied", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][-1] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"--model .*: its tensor model.norm.weight has values that"
+    ):
+        build_policy(config(root), str(folder), CPU)
+
+
 @pytest.mark.parametrize("with_weights", [True, False])
 def test_adapter_is_refused(with_weights, root, tmp_path):
     """Beside whole weights it was ignored; alone, its folder was called no model."""
