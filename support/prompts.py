@@ -17,7 +17,7 @@ RESERVED = {
     *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
 CHECKED = 8  # prompts of each set that the warnings look at
-# Some templates (Llama 3, SmolLM3) write today's date into the prompt. Here it is always this one,
+# Some templates (Llama 3.2) write today's date into the prompt. Here it is always this one,
 # which is Llama 3's default: a run that is resumed on another day must have the same prompts.
 DATE = datetime(2024, 7, 26)
 ANSWER = "2 + 2 = 4"  # of the chat that shows how a response ends

@@ -224,7 +224,7 @@ ENDS = [  # what follows the answer in the template, whether <eos> alone ends a 
 
 @pytest.mark.parametrize("end,fine", ENDS)
 def test_warning_if_the_end_of_the_template_ends_no_response(end, fine, tokenizer):
-    """Qwen3-8B-Base: the template ends a response with <|im_end|>, no file names it as an end."""
+    """Some base models: their template writes <|im_end|>, and no file names it as an end."""
     text = f"{{% for m in messages %}}<user>{{{{ m.content }}}}{end}{{% endfor %}}"
     template = make_template(tokenizer, text)
     warning = prompts.end_warning(template, [tokenizer.eos_token_id])
