@@ -14,13 +14,13 @@ import torch.distributed.checkpoint as dcp
 from support.cli import parse_config
 from support.clock import clock
 from support.errors import RunError, Stopped, UserError
-from support.failures import describe
+from support.failures import describe, rank_has_ended
 from support.rendezvous import meet_ranks
 from support.signals import Signals
 from support.util import compute_device, env
 from support.watchdog import watch
 
-SECONDS_TO_PRINT = 3  # that the other ranks give the one that prints the message
+SECONDS_TO_WAIT = 3  # for the rank that prints the message, or that ended first
 ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 
 
@@ -72,10 +72,12 @@ def main(Config: type, presets: dict[str, dict], train: Callable) -> int:
     except (Exception, dcp.api.CheckpointException) as error:  # torch's is not an Exception
         code = 1
         print(describe(error, env("RANK", 0)), file=sys.stderr, flush=True)
+        if rank_has_ended(error):  # the launcher names the first rank that it sees end
+            time.sleep(SECONDS_TO_WAIT)
     if message and env("LOCAL_RANK", 0) == 0:  # every rank has the same message
         print(f"error: {message}", file=sys.stderr, flush=True)
     elif code == 2:  # the launcher ends all ranks as soon as one ends
-        time.sleep(SECONDS_TO_PRINT)
+        time.sleep(SECONDS_TO_WAIT)
     if code and env("WORLD_SIZE", 1) > 1:
         # Other ranks may be waiting in a collective. The launcher ends them.
         sys.stdout.flush()

@@ -288,8 +288,24 @@ def test_rank_that_prints_no_message_waits_for_the_one_that_does(
     monkeypatch.setattr(launch.time, "sleep", waits.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert lite_ppo.main() == 2
-    assert waits == [launch.SECONDS_TO_PRINT]
+    assert waits == [launch.SECONDS_TO_WAIT]
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("message,wait", [("Connection reset by peer", True), ("x", False)])
+def test_rank_whose_peer_has_died_waits_for_the_launcher_to_see_it(message, wait, monkeypatch):
+    """Else the launcher could name this rank as the first that failed."""
+
+    def lose_the_other_rank(cfg):
+        raise RuntimeError(message)
+
+    waits = []
+    monkeypatch.setattr(launch.time, "sleep", waits.append)
+    monkeypatch.setattr(launch, "connect", do_nothing)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["lite_ppo.py"])
+    assert launch.main(Config, PRESETS, lose_the_other_rank) == 1
+    assert waits == [launch.SECONDS_TO_WAIT] * wait
 
 
 # ---- room on the disk ----------------------------------------------------------------------------
