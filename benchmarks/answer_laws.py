@@ -147,6 +147,8 @@ def reason(kind: str, gold: str, answer: str) -> str:
         return "an equation with 0 holds times -1 too"
     if kind == "sign" and re.match(r"-?(?:\\\{)?0(?![.\d])", gold):
         return "0 has no sign"
+    if kind == "sign" and answer == f"-{gold}" and re.fullmatch(r"\\pm[^-+,]*", gold):
+        return "plus-minus has both signs"
     if kind == "operator" and re.sub(r"\^(?=1(?!\d))", "", gold) == answer:
         return "an exponent of 1"
     return ""

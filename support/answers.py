@@ -264,7 +264,11 @@ class AnswerComparison:
 
         A value does not equal an equation, unless the equation only names it: x = 5, f(2) = 5.
         """
-        gold, answer = common_name(short_chain(gold)), common_name(short_chain(answer))
+        gold, answer = short_chain(gold), short_chain(answer)
+        names = common_name(gold), common_name(answer)
+        if None not in names and names[0] != names[1]:
+            return False
+        gold, answer = without_common_name(gold), without_common_name(answer)
         if has_names(gold) != has_names(answer):
             gold, answer = separate(gold), separate(answer)
         if has_names(gold) != has_names(answer):
@@ -369,14 +373,22 @@ def is_name(expression) -> bool:
 
 
 def common_name(expression):
-    """The list x = 2, x = 3 as the list 2, 3."""
+    """x, if the expression is a list x = 2, x = 3; otherwise None."""
     from sympy import Eq, FiniteSet
 
     parts = expression.args if isinstance(expression, FiniteSet) else ()
     names = {part.lhs if isinstance(part, Eq) else None for part in parts}
-    if len(names) != 1 or not getattr(names.pop(), "is_Symbol", False):
+    name = names.pop() if len(names) == 1 else None
+    return name if getattr(name, "is_Symbol", False) else None
+
+
+def without_common_name(expression):
+    """The list x = 2, x = 3 as the list 2, 3."""
+    from sympy import FiniteSet
+
+    if common_name(expression) is None:
         return expression
-    return FiniteSet(*[part.rhs for part in parts])
+    return FiniteSet(*[part.rhs for part in expression.args])
 
 
 def separate(expression):
