@@ -91,8 +91,8 @@ def checkpoint_blocks(model) -> None:
 def separate_last_product(block: torch.nn.Module) -> None:
     """Keep the last linear layer of a block, if it has one, out of its compiled pieces.
 
-    The backward pass needs the input of this layer, but not its output. The recomputation stops as
-    soon as it has all that is needed, but it cannot stop inside a compiled piece.
+    The backward pass needs the input of this layer, but not its output, unless a norm follows. The
+    recomputation stops when it has all that is needed. It cannot stop inside a compiled piece.
     """
     for layer in [m for m in block.modules() if isinstance(m, torch.nn.Linear)][-1:]:
         layer.forward = torch.compiler.disable(layer.forward)
